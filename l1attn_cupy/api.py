@@ -1,0 +1,150 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import arrays, plan, run
+
+
+def l1_scores(
+    query: Any,
+    key: Any,
+    *,
+    score: str = "inverse",
+    scale: float = 1.0,
+    eps: float = 1e-3,
+    backend: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """Scores of L1 attention, a function F of the Manhattan distance between each query and each key::
+
+        scores[..., i, j] = F(scale * sum_k | query[..., i, k] - key[..., j, k] |)
+
+    Parameters
+    ----------
+    query : array, shape (..., L, E)
+        float16, bfloat16, float32 or float64; any strides. A NumPy array, a torch tensor (gradients flow), or an array
+        of another library that speaks DLPack.
+    key : array, shape (..., S, E)
+        Of the library, dtype and device of ``query``. The leading dimensions of both broadcast as in `torch.matmul`.
+    score : str
+        F: "inverse" ``1 / (eps + x)``, "negative" ``-x``, "laplacian" ``exp(-x)`` or "distance" ``x``.
+    scale : float
+        What the distance is multiplied by before F; positive.
+    eps : float
+        The epsilon of "inverse", in units of the scaled distance; positive.
+    backend : str, optional
+        "cpu", "cuda" or "emulator"; by default what the arrays' device calls for.
+    variant : str, optional
+        Name of a kernel variant; on the CPU there is one only, None.
+
+    Returns
+    -------
+    array, shape (..., L, S)
+        In the library, dtype and device of ``query``.
+
+    Raises
+    ------
+    TypeError
+        An argument is not an array, or its dtype or library is not supported or not that of ``query``.
+    ValueError
+        A shape, a device or the value of an option does not fit. Every message names the argument, what is required
+        and what came.
+
+    Notes
+    -----
+    Sums are accumulated in float32 for 16-bit and float32 arrays, in float64 for float64, channels in ascending order,
+    so that the result does not depend on the batch, the number of threads or the run. NaN and infinities propagate as
+    in the formula. Nothing of size L * S * E is ever made.
+
+    In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
+    computed from the result, which is all that is kept for the backward pass.
+
+    References
+    ----------
+    The score and its default F: T. Hannagan, "l1attn", https://github.com/m0nad0/l1attn_cuda.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> query = np.array([[0.0, 0.0], [1.0, 1.0]])
+    >>> l1_scores(query, query, score="distance")
+    array([[0., 2.],
+           [2., 0.]])
+    """
+    if arrays.is_torch(query) or arrays.is_torch(key):
+        from . import autograd
+
+        return autograd.l1_scores(query, key, score, scale, eps, backend, variant)
+    q, k = arrays.accept("query", query), arrays.accept("key", key)
+    call = plan.scores(arrays.describe(q), arrays.describe(k), score, scale, eps, backend, variant)
+    return arrays.give_back(run.scores(call, q, k), query)
+
+
+def l1_scores_backward(
+    grad_scores: Any,
+    query: Any,
+    key: Any,
+    *,
+    score: str = "inverse",
+    scale: float = 1.0,
+    eps: float = 1e-3,
+    scores: Any | None = None,
+    backend: str | None = None,
+    variant: str | None = None,
+) -> tuple[Any, Any]:
+    """Gradients of `l1_scores` with respect to query and key. With ``h = grad_scores * F'(x) * scale``::
+
+        dquery[..., i, k] =  sum_j h[..., i, j] * sign(query[..., i, k] - key[..., j, k])
+        dkey[..., j, k]   = -sum_i h[..., i, j] * sign(query[..., i, k] - key[..., j, k])        sign(0) = 0
+
+    Parameters
+    ----------
+    grad_scores : array, shape (..., L, S)
+        Gradient of the loss with respect to the scores; library, dtype and device of ``query``, any strides.
+    query, key, score, scale, eps, backend, variant
+        As in `l1_scores`.
+    scores : array, shape (..., L, S), optional
+        What `l1_scores` returned. F' is a function of it, so nothing is computed twice; without it the scores are
+        computed again, a tile at a time.
+
+    Returns
+    -------
+    dquery : array, shape of ``query``
+    dkey : array, shape of ``key``
+        Summed over the dimensions in which ``query`` or ``key`` was broadcast.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `l1_scores`; also when ``grad_scores`` or ``scores`` does not have the shape of the scores.
+
+    Notes
+    -----
+    Accumulation as in `l1_scores`. The result is the same bit for bit in every run. No temporary of size L * S is
+    made. Torch tensors need not call this: `l1_scores` is differentiable.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> dquery, dkey = l1_scores_backward(np.ones((1, 1)), np.array([[2.0, 1.0]]), np.array([[0.0, 1.0]]), score="distance")
+    >>> dquery, dkey
+    (array([[1., 0.]]), array([[-1.,  0.]]))
+    """
+    given = {"grad_scores": grad_scores, "query": query, "key": key, "scores": scores}
+    accepted = {name: arrays.accept(name, array) for name, array in given.items() if array is not None}
+    q, k = accepted["query"], accepted["key"]
+    call = plan.scores(arrays.describe(q), arrays.describe(k), score, scale, eps, backend, variant)
+    dquery, dkey = run.scores_backward(call, accepted["grad_scores"], q, k, accepted.get("scores"))
+    return arrays.give_back(dquery, query), arrays.give_back(dkey, key)
+
+
+def show_config() -> None:
+    """Print versions, which backends were found and why not, threads, threading layer, and cache folders.
+
+    What to paste into a bug report.
+    """
+    from . import config
+
+    print(config.report())

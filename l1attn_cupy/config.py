@@ -1,0 +1,63 @@
+"""What `show_config` reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+PACKAGES = ("numpy", "numba", "llvmlite", "tbb", "torch", "cupy-cuda12x", "cupy-cuda13x", "ml_dtypes")
+
+
+def report() -> str:
+    """Versions, backends, threads and cache folders, one fact a line."""
+    lines = {f"l1attn_cupy {_version('l1attn_cupy') or 'from a source tree'}": _packages()}
+    lines["backends"] = _backends()
+    lines["cpu"] = _cpu()
+    return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in body) for title, body in lines.items())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[str]:
+    versions = {name: _version(name) or "not installed" for name in PACKAGES}
+    python = f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    return [python, *(f"{name} {version}" for name, version in versions.items())]
+
+
+def _backends() -> list[str]:
+    return [
+        "cpu: available",
+        "cuda: not built yet",
+        "emulator: not built yet",
+    ]
+
+
+def _cpu() -> list[str]:
+    import numba
+
+    from .cpu import jit, threads, vector
+
+    torch = sys.modules.get("torch")
+    folders = jit.cache_folders()
+    return [
+        f"vector registers: {vector.register_bytes() * 8} bit",
+        f"threads: {numba.get_num_threads()} for NumPy arrays"
+        + (f", {torch.get_num_threads()} for torch tensors" if torch else " (torch is not imported)"),
+        f"threading layer: {threads.layer()}",
+        *(f"kernel cache: {folder} ({_writable(folder)})" for folder in folders),
+    ]
+
+
+def _writable(folder: Path) -> str:
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return "writable" if os.access(place, os.W_OK) else "not writable: set NUMBA_CACHE_DIR"

@@ -1,0 +1,226 @@
+"""L1 scores and their vector-Jacobian product on the CPU.
+
+Forward: a task is a block of queries against a range of keys of one batch entry. Queries and keys are packed into
+panels, and `vector.sum_abs_diff` fills one panel-by-panel tile at a time; F is applied while the tile is in L1.
+
+Backward: a task owns a block of rows of one gradient and runs over everything that contributes to it, in a fixed
+order, so that the result does not depend on the number of threads. ``h = grad * F'(x) * scale`` exists one tile at a
+time. Both gradients are one function: for dkey the roles of query and key are swapped, and so are the axes of h.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from ..functions import INVERSE, LAPLACIAN
+from .elements import apply_derivative, apply_score, load_rows, store_rows
+from .jit import kernel
+from .vector import fence, lanes, pack, panel_width, scatter_rows, sign_scatter, sum_abs_diff
+
+#: Channels summed in one run of `sum_abs_diff`. A longer row is a sum of such partial sums, so that its rounding error
+#: does not grow with the number of channels.
+CHANNELS_PER_SUM = 128
+
+#: Rows of y in one tile of the backward pass; partial sums over so many terms are added to the gradient.
+Y_BLOCK = 64
+
+_WIDTH4, _WIDTH8 = panel_width(4), panel_width(8)
+_ROWS4, _ROWS8 = scatter_rows(4), scatter_rows(8)
+_LANES4, _LANES8 = lanes(4), lanes(8)
+
+
+class Matrix(NamedTuple):
+    """Where the matrices of a batch lie: address of the first, and strides in elements.
+
+    ``batch`` is the row of the table of batch strides that belongs to this array (row 0 of that table is the batch
+    shape). For grad and scores in the backward pass, ``row`` runs along x and ``column`` along y.
+    """
+
+    data: int
+    row: int
+    column: int
+    batch: int
+
+
+@kernel()
+def _blocks(n, size):
+    return (n + size - 1) // size
+
+
+@kernel()
+def _address(matrix, itemsize, index, batch, row, column):
+    """Address of element (row, column) of batch entry ``index``."""
+    offset = row * matrix.row + column * matrix.column
+    for dim in range(batch.shape[1] - 1, -1, -1):
+        size = batch[0, dim]
+        offset += (index % size) * batch[matrix.batch, dim]
+        index //= size
+    return matrix.data + offset * itemsize
+
+
+@kernel()
+def _load_panels(source, dtype, itemsize, matrix, rows, channels, scratch, panels):
+    """``rows`` rows of ``channels`` numbers as panels, padded with zeros; ``scratch`` is (width, padded channels)."""
+    width = scratch.shape[0]
+    for p in range(_blocks(rows, width)):
+        start = source + p * width * matrix.row * itemsize
+        load_rows(start, dtype, matrix.row, matrix.column, min(width, rows - p * width), channels, scratch)
+        pack(scratch, 0, scratch.shape[1], panels, p)
+
+
+@kernel()
+def _distances(q_panels, q_index, k_panels, k_count, channels, tile):
+    """Distances between the rows of one panel of queries and of ``k_count`` panels of keys."""
+    width = tile.shape[0]
+    for p in range(k_count):
+        sum_abs_diff(q_panels, q_index, k_panels, p, 0, min(CHANNELS_PER_SUM, channels), tile, p * width)
+        for first in range(CHANNELS_PER_SUM, channels, CHANNELS_PER_SUM):
+            count = min(CHANNELS_PER_SUM, channels - first)
+            sum_abs_diff(q_panels, q_index, k_panels, p, first, count, tile, p * width)
+
+
+def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars, stream):
+    """Scores of every batch entry.
+
+    ``sizes`` is (batches, L, S, E). ``blocks`` is (queries in a task, keys in a task, keys in a tile, runs); a run is
+    a set of tasks that share scratch memory. ``scalars`` is (scale, eps) in the accumulation type; ``stream`` says
+    whether to write past the caches.
+    """
+    batches, length_q, length_k, channels = sizes
+    q_block, k_block, tile_keys, runs = blocks
+    q_blocks, k_blocks = _blocks(length_q, q_block), _blocks(length_k, k_block)
+    tasks = batches * q_blocks * k_blocks
+    width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
+    padded = _blocks(channels, width) * width
+    for run in prange(runs):
+        scratch = np.empty((width, padded), scalars.dtype)
+        q_panels = np.empty((q_block // width, padded, width), scalars.dtype)
+        k_panels = np.empty((tile_keys // width, padded, width), scalars.dtype)
+        tile = np.empty((width, tile_keys), scalars.dtype)
+        half = np.empty((width, tile_keys), np.uint16)
+        for task in range(tasks * run // runs, tasks * (run + 1) // runs):
+            index = task // (q_blocks * k_blocks)
+            i0, j_first = task // k_blocks % q_blocks * q_block, task % k_blocks * k_block
+            rows = min(q_block, length_q - i0)
+            source = _address(q, itemsize, index, batch, i0, 0)
+            _load_panels(source, dtype, itemsize, q, rows, channels, scratch, q_panels)
+            keys, target = _address(k, itemsize, index, batch, 0, 0), _address(out, itemsize, index, batch, i0, 0)
+            for j0 in range(j_first, min(length_k, j_first + k_block), tile_keys):
+                columns = min(tile_keys, length_k - j0)
+                source = keys + j0 * k.row * itemsize
+                _load_panels(source, dtype, itemsize, k, columns, channels, scratch, k_panels)
+                for p in range(_blocks(rows, width)):
+                    _distances(q_panels, p, k_panels, _blocks(columns, width), channels, tile)
+                    apply_score(tile, score, scalars[0], scalars[1])
+                    place = target + (p * width * out.row + j0 * out.column) * itemsize
+                    count = min(width, rows - p * width)
+                    store_rows(tile, half, count, columns, place, dtype, out.row, out.column, stream)
+        fence()
+
+
+@kernel()
+def _score_tile(row_panels, column_panels, channels, strip, scores, score, scale, eps):
+    """Scores of a block of x against a block of y, computed anew."""
+    width = strip.shape[0]
+    for p in range(scores.shape[0] // width):
+        _distances(row_panels, p, column_panels, scores.shape[1] // width, channels, strip)
+        scores[p * width : (p + 1) * width] = strip
+    apply_score(scores, score, scale, eps)
+
+
+@kernel()
+def _scatter_finite(x, y, h, x_is_row, h_panels, x_count, y_count, dx):
+    """``dx[i] += sum_j h * sign(x[i] - y[j])`` for a tile of finite h, whose rows are x or y."""
+    width, rows, step = (_WIDTH4, _ROWS4, _LANES4) if x.itemsize == 4 else (_WIDTH8, _ROWS8, _LANES8)
+    panels = h.reshape((1, h.shape[0], h.shape[1]))
+    if x_is_row:
+        for p in range(_blocks(x_count, width)):
+            pack(h, p * width, h.shape[1], h_panels, p)
+        panels = h_panels
+    for channel in range(0, x.shape[1], step):
+        for i in range(0, x_count, rows):
+            panel, column = (i // width, i % width) if x_is_row else (0, i)
+            sign_scatter(x, i, y, panels, panel, column, y_count, channel, dx)
+
+
+@kernel()
+def _scatter_any(x, y, h, x_is_row, x_count, y_count, dx):
+    """The same for any h: a product with sign 0, so that NaN and infinity spread as in the naive formula."""
+    for i in range(x_count):
+        for j in range(y_count):
+            weight = h[i, j] if x_is_row else h[j, i]
+            for e in range(x.shape[1]):
+                dx[i, e] += weight * ((x[i, e] > y[j, e]) - (x[i, e] < y[j, e]))
+
+
+@kernel()
+def _load_tile(matrix, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, tile):
+    """The part of grad or scores that belongs to a block of x and a block of y; its rows are x or y."""
+    source = _address(matrix, itemsize, index, batch, i0, j0)
+    if x_is_row:
+        load_rows(source, dtype, matrix.row, matrix.column, x_count, y_count, tile)
+    else:
+        load_rows(source, dtype, matrix.column, matrix.row, y_count, x_count, tile)
+
+
+def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, score, scalars):
+    """``dx[i] = sum_j h[i, j] * sign(x[i] - y[j])``, summed also over the batch entries that share a row of x.
+
+    ``scores.data`` is 0 when the forward result is not at hand; where needed it is then computed anew. ``sizes`` is
+    (batches of dx, batches summed into each, rows of x, rows of y, E). ``blocks`` is (rows of x in a task, whether the
+    rows of a tile of h are x, runs).
+    """
+    kept, summed, length_x, length_y, channels = sizes
+    x_block, x_is_row, runs = blocks
+    x_blocks, y_blocks = _blocks(length_x, x_block), _blocks(length_y, Y_BLOCK)
+    width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
+    padded = _blocks(channels, width) * width
+    curved = score == INVERSE or score == LAPLACIAN
+    anew = curved and scores.data == 0
+    tile_shape = (x_block, Y_BLOCK) if x_is_row else (Y_BLOCK, x_block)
+    for run in prange(runs):
+        x_rows, dx_rows = np.empty((x_block, padded), scalars.dtype), np.empty((x_block, padded), scalars.dtype)
+        y_rows = np.empty((Y_BLOCK, padded), scalars.dtype)
+        x_panels = np.empty((x_block // width, padded, width), scalars.dtype)
+        y_panels = np.empty((Y_BLOCK // width, padded, width), scalars.dtype)
+        h_panels = np.empty((x_block // width, Y_BLOCK, width), scalars.dtype)
+        h, s = np.empty(tile_shape, scalars.dtype), np.empty(tile_shape, scalars.dtype)
+        strip = np.empty((width, tile_shape[1]), scalars.dtype)
+        half = np.empty((x_block, padded), np.uint16)
+        for task in range(kept * x_blocks * run // runs, kept * x_blocks * (run + 1) // runs):
+            entry, i0 = task // x_blocks * summed, task % x_blocks * x_block
+            rows = min(x_block, length_x - i0)
+            source = _address(x, itemsize, entry, batch, i0, 0)
+            load_rows(source, dtype, x.row, x.column, rows, channels, x_rows)
+            if anew:
+                for p in range(x_block // width):
+                    pack(x_rows, p * width, padded, x_panels, p)
+            dx_rows[:] = 0
+            for part in range(summed * y_blocks):
+                index, j0 = entry + part // y_blocks, part % y_blocks * Y_BLOCK
+                columns = min(Y_BLOCK, length_y - j0)
+                source = _address(y, itemsize, index, batch, j0, 0)
+                load_rows(source, dtype, y.row, y.column, columns, channels, y_rows)
+                _load_tile(grad, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, h)
+                if anew:
+                    for p in range(Y_BLOCK // width):
+                        pack(y_rows, p * width, padded, y_panels, p)
+                    row_panels, column_panels = (x_panels, y_panels) if x_is_row else (y_panels, x_panels)
+                    _score_tile(row_panels, column_panels, channels, strip, s, score, scalars[0], scalars[1])
+                elif curved:
+                    _load_tile(scores, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, s)
+                if apply_derivative(h, s, score, scalars[0]):
+                    _scatter_finite(x_rows, y_rows, h, x_is_row, h_panels, rows, columns, dx_rows)
+                else:
+                    _scatter_any(x_rows, y_rows, h, x_is_row, rows, columns, dx_rows)
+            target = _address(dx, itemsize, entry, batch, i0, 0)
+            store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column, False)
+
+
+forward = kernel(parallel=True)(_forward)
+forward_serial = kernel()(_forward)
+backward = kernel(parallel=True)(_backward)
+backward_serial = kernel()(_backward)

@@ -1,0 +1,314 @@
+"""The four inner loops of the CPU path, written as LLVM vector code.
+
+Numba's vectoriser stops at 256 bits and does not keep a square tile of sums in registers, so these loops are built
+instruction by instruction (``numba.extending.intrinsic``); everything around them is plain Numba. LLVM maps the
+vectors onto whatever the machine has. One *panel* is ``width`` rows stored channel by channel, so that the rows of
+one channel are one vector::
+
+    rows[width][channels]  --pack-->  panel[channels][width]
+
+The arrays are C-contiguous scratch arrays of the accumulation type, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+_INT = ir.IntType(64)
+_LANE = ir.IntType(32)
+
+
+@functools.lru_cache(maxsize=1)
+def register_bytes() -> int:
+    """Bytes of one vector register of this machine: 64 with AVX-512, 32 with AVX, otherwise 16 (SSE, NEON)."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64
+    return 32 if features.get("avx") else 16
+
+
+def _has_32_registers() -> bool:
+    return register_bytes() == 64 or "x86" not in llvm.get_default_triple()
+
+
+def lanes(itemsize: int) -> int:
+    """Numbers of ``itemsize`` bytes that one vector register holds."""
+    return register_bytes() // itemsize
+
+
+def panel_width(itemsize: int) -> int:
+    """Rows in a panel. A tile of width x width sums must fit in the registers and hide the latency of an add."""
+    n = lanes(itemsize)
+    return 2 * n if n < 8 and _has_32_registers() else max(n, 4)
+
+
+def vector_step(itemsize: int) -> int:
+    """Numbers that `load_vector` and `store_vector` move: a row of a panel, also of its 16-bit copy."""
+    return panel_width(max(itemsize, 4))
+
+
+def scatter_rows(itemsize: int) -> int:
+    """Rows of gradient sums that `sign_scatter` keeps in registers; divides `panel_width`."""
+    return min(8 if _has_32_registers() else 4, panel_width(itemsize))
+
+
+def _itemsize(array_type: types.Array) -> int:
+    return array_type.dtype.bitwidth // 8
+
+
+class _Emitter:
+    """Vector types and small instruction sequences for arrays of one type and vectors of one width."""
+
+    def __init__(self, context, builder, array_type: types.Array, width: int):
+        self.context, self.builder = context, builder
+        self.itemsize = _itemsize(array_type)
+        self.scalar = context.get_data_type(array_type.dtype)
+        self.width = width
+        self.vector = ir.VectorType(self.scalar, width)
+
+    def at(self, array_type, array, *index):
+        """Pointer to ``array[index]``."""
+        place = [i if isinstance(i, ir.Value) else _INT(i) for i in index]
+        view = self.context.make_array(array_type)(self.context, self.builder, array)
+        return cgutils.get_item_pointer(
+            self.context, self.builder, array_type, view, place, wraparound=False, boundscheck=False
+        )
+
+    def load(self, pointer):
+        return self.builder.load(
+            self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.itemsize
+        )
+
+    def store(self, value, pointer, past_caches: bool = False):
+        target = self.builder.bitcast(pointer, self.vector.as_pointer())
+        if past_caches:
+            store = self.builder.store(value, target, align=self.itemsize * self.width)
+            store.set_metadata("nontemporal", self.builder.module.add_metadata([_LANE(1)]))
+        else:
+            self.builder.store(value, target, align=self.itemsize)
+
+    def splat(self, pointer):
+        """The number at ``pointer`` in every lane."""
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        first = self.builder.insert_element(undefined, self.builder.load(pointer), _LANE(0))
+        return self.shuffle(first, undefined, [0] * self.width)
+
+    def shuffle(self, a, b, order):
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_LANE, self.width), order))
+
+    def fabs(self, value):
+        name = f"llvm.fabs.v{self.width}f{self.itemsize * 8}"
+        signature = ir.FunctionType(self.vector, [self.vector])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [value])
+
+    def accumulate(self, count, n, step):
+        """``for i in range(count): sums = step(i, sums)`` over ``n`` vectors of sums that stay in registers."""
+        builder, entry = self.builder, self.builder.block
+        body, done = builder.append_basic_block("l1.body"), builder.append_basic_block("l1.done")
+        builder.cbranch(builder.icmp_signed(">", count, _INT(0)), body, done)
+
+        builder.position_at_end(body)
+        index = builder.phi(_INT)
+        sums = [builder.phi(self.vector) for _ in range(n)]
+        updated = step(index, sums)
+        following = builder.add(index, _INT(1))
+        index.add_incoming(_INT(0), entry)
+        index.add_incoming(following, body)
+        builder.cbranch(builder.icmp_signed("<", following, count), body, done)
+
+        builder.position_at_end(done)
+        totals = [builder.phi(self.vector) for _ in range(n)]
+        zero = ir.Constant(self.vector, [0.0] * self.width)
+        for before, after, total in zip(sums, updated, totals, strict=True):
+            before.add_incoming(zero, entry)
+            before.add_incoming(after, body)
+            total.add_incoming(zero, entry)
+            total.add_incoming(after, body)
+        return totals
+
+
+@intrinsic
+def sum_abs_diff(typingctx, q_panels, q_index, k_panels, k_index, first, count, tile, column):
+    """``tile[r, column + c] += sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|``, r and c < panel width.
+
+    e runs from ``first``, upwards, over ``count`` channels. With ``first == 0`` the tile is set, not added to.
+    """
+
+    def codegen(context, builder, signature, args):
+        width = panel_width(_itemsize(q_panels))
+        e = _Emitter(context, builder, q_panels, width)
+        q, q_at, k, k_at, start, n, out, left = args
+
+        def step(i, sums):
+            channel = builder.add(start, i)
+            keys = e.load(e.at(k_panels, k, k_at, channel, 0))
+            queries = [e.splat(e.at(q_panels, q, q_at, channel, row)) for row in range(width)]
+            return [
+                builder.fadd(total, e.fabs(builder.fsub(query, keys)))
+                for total, query in zip(sums, queries, strict=True)
+            ]
+
+        for row, total in enumerate(e.accumulate(n, width, step)):
+            place = e.at(tile, out, row, left)
+            sums = builder.fadd(e.load(place), total)
+            e.store(builder.select(builder.icmp_signed("==", start, _INT(0)), total, sums), place)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(q_panels, integer, k_panels, integer, integer, integer, tile, integer), codegen
+
+
+@intrinsic
+def pack(typingctx, rows, row, channels, panels, index):
+    """``panels[index, e, r] = rows[row + r, e]`` for e < channels, which is a multiple of the panel width."""
+
+    def codegen(context, builder, signature, args):
+        width = panel_width(_itemsize(rows))
+        e = _Emitter(context, builder, rows, width)
+        source, first_row, n, target, target_at = args
+        low = [i // 2 + width * (i % 2) for i in range(width)]
+        high = [width // 2 + i for i in low]
+        with cgutils.for_range_slice(builder, _INT(0), n, _INT(width)) as (first, _):
+            block = [e.load(e.at(rows, source, builder.add(first_row, _INT(r)), first)) for r in range(width)]
+            for _ in range(width.bit_length() - 1):  # log2(width) perfect shuffles of the rows transpose the block
+                pairs = zip(block[: width // 2], block[width // 2 :], strict=True)
+                block = [e.shuffle(a, b, order) for a, b in pairs for order in (low, high)]
+            for i, vector in enumerate(block):
+                e.store(vector, e.at(panels, target, target_at, builder.add(first, _INT(i)), 0))
+        return context.get_dummy_value()
+
+    return types.void(rows, types.intp, types.intp, panels, types.intp), codegen
+
+
+@intrinsic
+def sign_scatter(typingctx, x, row, y, h, panel, column, count, channel, dx):
+    """``dx[row + r, e] += sum_j h[panel, j, column + r] * sign(x[row + r, e] - y[j, e])``, j = 0..count-1 in order.
+
+    r runs over `scatter_rows`, e over the `lanes` channels from ``channel`` on. A tie adds nothing, and neither does
+    a NaN in x or y; ``h`` must be finite.
+    """
+
+    def codegen(context, builder, signature, args):
+        rows = scatter_rows(_itemsize(x))
+        e = _Emitter(context, builder, x, lanes(_itemsize(x)))
+        x_at, first, y_at, h_at, part, offset, n, chan, out = args
+        row_numbers = [builder.add(first, _INT(r)) for r in range(rows)]
+        x_rows = [e.load(e.at(x, x_at, r, chan)) for r in row_numbers]
+
+        def step(j, sums):
+            y_row = e.load(e.at(y, y_at, j, chan))
+            updated = []
+            for r, (x_row, total) in enumerate(zip(x_rows, sums, strict=True)):
+                weight = e.splat(e.at(h, h_at, part, j, builder.add(offset, _INT(r))))
+                above = builder.fcmp_ordered(">", x_row, y_row)
+                below = builder.fcmp_ordered("<", x_row, y_row)
+                total = builder.select(above, builder.fadd(total, weight), total)
+                updated.append(builder.select(below, builder.fsub(total, weight), total))
+            return updated
+
+        for r, total in zip(row_numbers, e.accumulate(n, rows, step), strict=True):
+            place = e.at(dx, out, r, chan)
+            e.store(builder.fadd(e.load(place), total), place)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(x, integer, y, h, integer, integer, integer, integer, dx), codegen
+
+
+@intrinsic
+def load_vector(typingctx, source, index, rows, row, column):
+    """``rows[row, column:column + n] = source[index:index + n]``, n = `vector_step`; ``source`` is an address."""
+
+    def codegen(context, builder, signature, args):
+        e = _Emitter(context, builder, rows, vector_step(_itemsize(rows)))
+        address, first, target, r, c = args
+        pointer = builder.gep(builder.inttoptr(address, e.scalar.as_pointer()), [first])
+        e.store(e.load(pointer), e.at(rows, target, r, c))
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(integer, integer, rows, integer, integer), codegen
+
+
+def _vector_writer(past_caches: bool):
+    def writer(typingctx, rows, row, column, target, index):
+        def codegen(context, builder, signature, args):
+            e = _Emitter(context, builder, rows, vector_step(_itemsize(rows)))
+            source, r, c, address, first = args
+            pointer = builder.gep(builder.inttoptr(address, e.scalar.as_pointer()), [first])
+            e.store(e.load(e.at(rows, source, r, c)), pointer, past_caches)
+            return context.get_dummy_value()
+
+        integer = types.intp
+        return types.void(rows, integer, integer, integer, integer), codegen
+
+    return intrinsic(writer)
+
+
+#: ``store_vector(rows, row, column, target, index)``: ``target[index:index + n] = rows[row, column:column + n]`` with
+#: n = `vector_step`; ``target`` is an address.
+store_vector = _vector_writer(past_caches=False)
+
+#: The same past the caches, which saves reading the memory that is overwritten; the vector in ``target`` is aligned.
+#: Call `fence` before another thread reads it.
+stream_vector = _vector_writer(past_caches=True)
+
+
+@intrinsic
+def fence(typingctx):
+    """Make what `stream_vector` wrote visible to other threads."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def peek(typingctx, address, index, like):
+    """The number of ``like``'s type at ``address[index]``."""
+
+    def codegen(context, builder, signature, args):
+        data_type = context.get_data_type(like)
+        pointer = builder.inttoptr(args[0], data_type.as_pointer())
+        return builder.load(builder.gep(pointer, [args[1]]))
+
+    return like(types.intp, types.intp, like), codegen
+
+
+@intrinsic
+def poke(typingctx, address, index, value):
+    """``address[index] = value``."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], context.get_data_type(value).as_pointer())
+        builder.store(args[2], builder.gep(pointer, [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, value), codegen
+
+
+@intrinsic
+def bits_as_float(typingctx, bits):
+    """The float32 whose bit pattern is the uint32 ``bits``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def float_as_bits(typingctx, value):
+    """The bit pattern of a float32, as uint32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], _LANE)
+
+    return types.uint32(types.float32), codegen

@@ -1,0 +1,220 @@
+"""Every check and every error message; the result is a frozen `Plan` that backends follow without a second look.
+
+Nothing here touches array data or imports an array library: arrays come as `ArraySpec`, read off by `arrays.describe`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+from .functions import SCORES
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+BACKENDS = ("cpu", "cuda", "emulator")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """What a plan needs to know of an array: strides in elements, ``layout`` "strided" unless sparse or the like."""
+
+    framework: str
+    shape: Shape
+    strides: Shape
+    dtype: str
+    device: str
+    layout: str = "strided"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword options of `l1_scores`, checked."""
+
+    score: str
+    scale: float
+    eps: float
+    backend: str
+    variant: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked call: ``query (*batch, L, E)`` against ``key (*batch, S, E)``, batch dimensions broadcast."""
+
+    query: ArraySpec
+    key: ArraySpec
+    batch: Shape
+    options: Options
+
+    @property
+    def length_q(self) -> int:
+        return self.query.shape[-2]
+
+    @property
+    def length_k(self) -> int:
+        return self.key.shape[-2]
+
+    @property
+    def channels(self) -> int:
+        return self.query.shape[-1]
+
+    @property
+    def out_shape(self) -> Shape:
+        return (*self.batch, self.length_q, self.length_k)
+
+
+def scores(
+    query: ArraySpec, key: ArraySpec, score: str, scale: float, eps: float, backend: str | None, variant: str | None
+) -> Plan:
+    """Check a call of `l1_scores`; the errors are the ones its docstring lists."""
+    for name, text in {"score": score, "backend": backend, "variant": variant}.items():
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} must be a string{'' if name == 'score' else ' or None'}, got {text!r}")
+    return _scores(query, key, score, _positive("scale", scale), _positive("eps", eps), backend, variant)
+
+
+@functools.lru_cache(maxsize=1024)
+def _scores(
+    query: ArraySpec, key: ArraySpec, score: str, scale: float, eps: float, backend: str | None, variant: str | None
+) -> Plan:
+    check_array("query", query)
+    check_array("key", key)
+    _check_same("framework", "come from the same library as query", query, key)
+    _check_same("dtype", "have query's dtype", query, key)
+    _check_same("device", "be on query's device", query, key)
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}"
+        )
+    options = check_options(score, scale, eps, backend, variant, query.device)
+    return Plan(query, key, _broadcast(query.shape, key.shape), options)
+
+
+@functools.lru_cache(maxsize=1024)
+def scores_backward(plan: Plan, grad_scores: ArraySpec, saved: ArraySpec | None) -> None:
+    """Check what `l1_scores_backward` takes beside the arguments of ``plan``."""
+    given = {"grad_scores": grad_scores} if saved is None else {"grad_scores": grad_scores, "scores": saved}
+    for name, spec in given.items():
+        check_array(name, spec)
+        if spec.shape != plan.out_shape:
+            raise ValueError(
+                f"{name} must have the shape {plan.out_shape} of the scores of query {plan.query.shape} "
+                f"and key {plan.key.shape}, got {spec.shape}"
+            )
+        _check_same("framework", "come from the same library as query", plan.query, spec, name)
+        _check_same("dtype", "have query's dtype", plan.query, spec, name)
+        _check_same("device", "be on query's device", plan.query, spec, name)
+
+
+def check_array(name: str, spec: ArraySpec) -> None:
+    """Raise unless ``spec`` is a dense floating-point array of at least two dimensions, with data."""
+    if spec.layout != "strided":
+        raise TypeError(f"{name} must be a dense array, got a {spec.layout} one; convert it first (to_dense())")
+    if spec.dtype not in DTYPES:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {spec.dtype}")
+    if len(spec.shape) < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions (..., length, head_dim), got {spec.shape}")
+    if spec.device == "meta":
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+
+
+def check_options(
+    score: str, scale: float, eps: float, backend: str | None, variant: str | None, device: str
+) -> Options:
+    """Check the options that all functions share, and settle the backend for arrays on ``device``."""
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {_quoted(SCORES)}, got {score!r}")
+    return Options(score, scale, eps, _backend(backend, device), _variant(variant, backend))
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a positive finite number, got {type(value).__name__} {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return float(value)
+
+
+def _backend(backend: str | None, device: str) -> str:
+    kind = device.split(":")[0]
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {_quoted(BACKENDS)}, got {backend!r}")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"query must be on the CPU or on a CUDA device, got device {device}")
+    chosen = backend or kind
+    if (chosen == "cuda") != (kind == "cuda"):
+        raise ValueError(f"backend {chosen!r} takes arrays on {'a CUDA device' if chosen == 'cuda' else 'the CPU'}, "
+                         f"got query on {device}")
+    if chosen in ("cuda", "emulator"):
+        raise NotImplementedError(f"the {chosen} backend is not built yet; move the arrays to the CPU, backend='cpu'")
+    return chosen
+
+
+def _variant(variant: str | None, backend: str | None) -> str | None:
+    if variant is not None:
+        raise ValueError(f"variant must be None on the cpu backend, which has one kernel for each op, got {variant!r}")
+    return variant
+
+
+def _quoted(names) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _check_same(field: str, requirement: str, query: ArraySpec, other: ArraySpec, name: str = "key") -> None:
+    wanted, got = getattr(query, field), getattr(other, field)
+    if wanted != got:
+        error = TypeError if field in ("dtype", "framework") else ValueError
+        raise error(f"{name} must {requirement} ({wanted}), got {got}")
+
+
+def _broadcast(query: Shape, key: Shape) -> Shape:
+    """Broadcast batch dimensions, as in `torch.matmul`."""
+    a, b = query[:-2], key[:-2]
+    n = max(len(a), len(b))
+    pairs = list(zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b, strict=True))
+    for x, y in pairs:
+        if x != y and 1 not in (x, y):
+            raise ValueError(
+                f"key must have batch dimensions that broadcast with {a} to match query {query}, got {key}"
+            )
+    return tuple(y if x == 1 else x for x, y in pairs)
+
+
+def batch_strides(spec: ArraySpec, batch: Shape) -> Shape:
+    """Strides of ``spec`` over the dimensions of ``batch``; 0 where it is broadcast."""
+    shape, strides = spec.shape[:-2], spec.strides[:-2]
+    missing = len(batch) - len(shape)
+    kept = (0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
+    return (0,) * missing + tuple(kept)
+
+
+def broadcast_dims(spec: ArraySpec, batch: Shape) -> tuple[bool, ...]:
+    """For each dimension of ``batch``, whether all its entries share one matrix of ``spec``."""
+    missing = len(batch) - (len(spec.shape) - 2)
+    shape = (1,) * missing + spec.shape[:-2]
+    return tuple(own == 1 and n != 1 for own, n in zip(shape, batch, strict=True))
+
+
+def collapse(shape: Shape, strides: list[Shape]) -> tuple[Shape, list[Shape]]:
+    """The same batch with as few dimensions as all the given strides allow (at least one)."""
+    sizes: list[int] = []
+    rows: list[list[int]] = [[] for _ in strides]
+    for dim, n in enumerate(shape):
+        if n == 1:
+            continue
+        here = [s[dim] for s in strides]
+        if sizes and all(row[-1] == stride * n for row, stride in zip(rows, here, strict=True)):
+            sizes[-1] *= n
+            for row, stride in zip(rows, here, strict=True):
+                row[-1] = stride
+        else:
+            sizes.append(n)
+            for row, stride in zip(rows, here, strict=True):
+                row.append(stride)
+    if not sizes:
+        return (1,), [(0,) for _ in strides]
+    return tuple(sizes), [tuple(row) for row in rows]

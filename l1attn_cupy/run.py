@@ -1,0 +1,35 @@
+"""From a checked plan to results: allocate in the caller's library, call the backend."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+from . import arrays, plan
+from .functions import CURVED
+from .plan import Plan
+
+
+def _backend(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}.backend", __package__)
+
+
+def scores(call: Plan, query: Any, key: Any) -> Any:
+    """The forward result, shape ``call.out_shape``."""
+    out = arrays.empty(call.out_shape, query)
+    _backend(call.options.backend).scores_forward(call, query, key, out)
+    return out
+
+
+def scores_backward(
+    call: Plan, grad: Any, query: Any, key: Any, saved: Any | None, need_query: bool = True, need_key: bool = True
+) -> tuple[Any | None, Any | None]:
+    """The gradients that are needed, in the shapes of query and key."""
+    plan.scores_backward(call, arrays.describe(grad), None if saved is None else arrays.describe(saved))
+    dquery = arrays.empty(call.query.shape, query) if need_query else None
+    dkey = arrays.empty(call.key.shape, key) if need_key else None
+    if call.options.score not in CURVED:
+        saved = None
+    _backend(call.options.backend).scores_backward(call, grad, query, key, saved, dquery, dkey)
+    return dquery, dkey

@@ -132,11 +132,19 @@ def l1_scores_backward(
     >>> dquery, dkey
     (array([[1., 0.]]), array([[-1.,  0.]]))
     """
-    given = {"grad_scores": grad_scores, "query": query, "key": key, "scores": scores}
-    accepted = {name: arrays.accept(name, array) for name, array in given.items() if array is not None}
-    q, k = accepted["query"], accepted["key"]
+    if arrays.is_torch(query) or arrays.is_torch(key):
+        from . import autograd
+
+        return autograd.l1_scores_backward(
+            grad_scores, query, key, scores, score, scale, eps, backend, variant
+        )
+    grad, q, k = (
+        arrays.accept(name, array)
+        for name, array in (("grad_scores", grad_scores), ("query", query), ("key", key))
+    )
+    saved = None if scores is None else arrays.accept("scores", scores)
     call = plan.scores(arrays.describe(q), arrays.describe(k), score, scale, eps, backend, variant)
-    dquery, dkey = run.scores_backward(call, accepted["grad_scores"], q, k, accepted.get("scores"))
+    dquery, dkey = run.scores_backward(call, grad, q, k, saved)
     return arrays.give_back(dquery, query), arrays.give_back(dkey, key)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from typing import Any
 
@@ -18,12 +17,23 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def is_cupy(array: Any) -> bool:
+    """Whether ``array`` is a CuPy array; CuPy is never imported to find out."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
 def describe(array: Any) -> ArraySpec:
-    """What a plan needs to know of a NumPy array or torch tensor."""
+    """What a plan needs to know of a NumPy or CuPy array or torch tensor."""
+    if is_cupy(array):
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        return ArraySpec("cupy", array.shape, strides, array.dtype.name, f"cuda:{array.device.id}")
     if isinstance(array, np.ndarray):
         strides = tuple(stride // max(array.itemsize, 1) for stride in array.strides)
         layout = "masked" if isinstance(array, np.ma.MaskedArray) else "strided"
         return ArraySpec("numpy", array.shape, strides, array.dtype.name, "cpu", layout)
+    if array.is_nested:  # has no shape
+        return ArraySpec("torch", (), (), str(array.dtype).removeprefix("torch."), str(array.device), "nested")
     layout = str(array.layout).removeprefix("torch.")
     strides = tuple(array.stride()) if layout == "strided" else ()
     dtype = str(array.dtype).removeprefix("torch.")
@@ -39,13 +49,13 @@ def accept(name: str, array: Any) -> Any:
         whole = all(stride % max(array.itemsize, 1) == 0 for stride in array.strides)
         if array.dtype.isnative and array.flags.aligned and whole:
             return array
-        return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-    if is_torch(array):
+        return array.astype(array.dtype.newbyteorder("="), order="C")  # still masked if it was
+    if is_torch(array) or is_cupy(array):
         return array
     if not all(hasattr(array, attribute) for attribute in ("__dlpack__", "__dlpack_device__", "shape", "dtype")):
         kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
         raise TypeError(
-            f"{name} must be a NumPy array, a torch tensor or another array that speaks DLPack, got {kind}"
+            f"{name} must be a NumPy or CuPy array, a torch tensor or another array that speaks DLPack, got {kind}"
         )
     return _accept_dlpack(name, array)
 
@@ -72,7 +82,7 @@ def _accept_dlpack(name: str, array: Any) -> Any:
 
 def give_back(result: Any, like: Any) -> Any:
     """``result`` as the kind of array that ``like`` is, by DLPack, where its library offers ``from_dlpack``."""
-    if isinstance(like, np.ndarray) or is_torch(like):
+    if isinstance(like, np.ndarray) or is_torch(like) or is_cupy(like):
         return result
     if hasattr(like, "__array_namespace__"):
         library = like.__array_namespace__()
@@ -90,18 +100,50 @@ def borrow(array: Any) -> np.ndarray:
     return np.from_dlpack(tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor)
 
 
-def address(array: Any) -> int:
-    """Address of the first element of a NumPy array or CPU tensor that this process owns."""
-    return array.data_ptr() if is_torch(array) else array.__array_interface__["data"][0]
+def borrow_cuda(array: Any) -> Any:
+    """The memory of a CUDA array as a CuPy array, through DLPack for torch; bfloat16 as int16."""
+    if is_cupy(array):
+        return array
+    torch, cupy = sys.modules["torch"], sys.modules["cupy"]
+    tensor = array.detach().resolve_neg()
+    return cupy.from_dlpack(tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor)
 
 
 def empty(shape: Shape, like: Any) -> Any:
     """A new array of the library, dtype and device of ``like``."""
-    if isinstance(like, np.ndarray):
-        return np.empty(shape, like.dtype)
-    return sys.modules["torch"].empty(shape, dtype=like.dtype, device=like.device)
+    if is_torch(like):
+        return sys.modules["torch"].empty(shape, dtype=like.dtype, device=like.device)
+    return _namespace(like).empty(shape, like.dtype)
 
 
-def contiguous_strides(shape: Shape) -> Shape:
-    """Strides, in elements, of a C-contiguous array."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+def zeros(shape: Shape, like: Any) -> Any:
+    """A new array of zeros of the library, dtype and device of ``like``."""
+    out = empty(shape, like)
+    out[...] = 0
+    return out
+
+
+def zeros_to_add_to(like: Any) -> Any:
+    """Zeros of the shape of ``like``, in the dtype in which its numbers are accumulated."""
+    dtype = "float64" if describe(like).dtype == "float64" else "float32"
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.zeros(like.shape, dtype=getattr(torch, dtype), device=like.device)
+    return _namespace(like).zeros(like.shape, dtype)
+
+
+def assign(target: Any, source: Any) -> None:
+    """``target[...] = source``, rounded to the dtype of ``target``."""
+    target[...] = source if is_torch(target) else source.astype(target.dtype)
+
+
+def with_contiguous_rows(array: Any) -> Any:
+    """``array``, or a copy of it if its last stride is not 1."""
+    spec = describe(array)
+    if spec.strides[-1] == 1 or spec.shape[-1] <= 1:
+        return array
+    return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)
+
+
+def _namespace(array: Any) -> Any:
+    return sys.modules["cupy"] if is_cupy(array) else np

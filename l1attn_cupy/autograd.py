@@ -1,7 +1,7 @@
 """L1 scores as PyTorch operators (``torch.ops.l1attn``) under a thin autograd Function.
 
 The operators have a fake implementation each, so that `torch.compile` traces through them; the Function links forward
-and backward. Checks happen in the operators, through `plan`, also while tracing.
+and backward. `plan` checks the arguments before an operator is called, except while tracing, and again in it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import arrays, plan, run
+from .functions import CURVED
 from .plan import Plan
 
 _library = torch.library.Library("l1attn", "DEF")  # noqa: TOR901 - lives as long as the process
@@ -43,9 +44,10 @@ def _scores_backward(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad, query, key = grad.resolve_neg(), query.resolve_neg(), key.resolve_neg()
+    scores = None if scores is None else scores.resolve_neg()
     call = _plan(query, key, options)
-    gradients = run.scores_backward(call, grad, query, key, scores, need_query, need_key)
-    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    dquery, dkey = run.scores_backward(call, grad, query, key, scores, need_query, need_key)
+    return query.new_empty(0) if dquery is None else dquery, key.new_empty(0) if dkey is None else dkey
 
 
 def _fake_scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
@@ -76,12 +78,12 @@ torch.library.register_fake("l1attn::scores_backward", _fake_scores_backward, li
 
 
 class _Scores(torch.autograd.Function):
-    """Saves query, key and the scores: the derivative of F is a function of the scores."""
+    """Saves query, key and, where F is curved, the scores: its derivative is a function of them."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, options: tuple) -> torch.Tensor:
         scores = torch.ops.l1attn.scores(query, key, *options)
-        ctx.save_for_backward(query, key, scores)
+        ctx.save_for_backward(query, key, scores if options[0] in CURVED else None)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return scores
@@ -99,11 +101,39 @@ class _Scores(torch.autograd.Function):
         return dquery if need_query else None, dkey if need_key else None, None
 
 
+def _spec(name: str, array: Any) -> plan.ArraySpec:
+    """Of any array, so that `plan` may say which one is not a tensor."""
+    return arrays.describe(arrays.accept(name, array))
+
+
 def l1_scores(
     query: Any, key: Any, score: str, scale: float, eps: float, backend: str | None, variant: str | None
 ) -> torch.Tensor:
     """`l1attn_cupy.l1_scores` for torch tensors."""
     if not torch.compiler.is_compiling():
-        query, key = arrays.accept("query", query), arrays.accept("key", key)
-        _plan(query, key, (score, scale, eps, backend, variant))
+        plan.scores(_spec("query", query), _spec("key", key), score, scale, eps, backend, variant)
     return _Scores.apply(query, key, (score, float(scale), float(eps), backend, variant))
+
+
+def l1_scores_backward(
+    grad: Any,
+    query: Any,
+    key: Any,
+    scores: Any | None,
+    score: str,
+    scale: float,
+    eps: float,
+    backend: str | None,
+    variant: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`l1attn_cupy.l1_scores_backward` for torch tensors; not itself differentiable."""
+    if not torch.compiler.is_compiling():
+        call = plan.scores(
+            _spec("query", query), _spec("key", key), score, scale, eps, backend, variant
+        )
+        saved = None if scores is None else _spec("scores", scores)
+        plan.scores_backward(call, _spec("grad_scores", grad), saved)
+    with torch.no_grad():
+        return torch.ops.l1attn.scores_backward(
+            grad, query, key, scores, True, True, score, float(scale), float(eps), backend, variant
+        )

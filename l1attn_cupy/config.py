@@ -1,4 +1,4 @@
-"""What `show_config` reports."""
+"""What can be used here, and what `show_config` reports."""
 
 from __future__ import annotations
 
@@ -7,14 +7,35 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGES = ("numpy", "numba", "llvmlite", "tbb", "torch", "cupy-cuda12x", "cupy-cuda13x", "ml_dtypes")
+
+
+class Backend(NamedTuple):
+    """A backend, torch's name for the device of its arrays, and why it is missing ("" if it is not)."""
+
+    name: str
+    device: str
+    missing: str
+
+
+def backends() -> list[Backend]:
+    """All backends, and which of them can be used here."""
+    from .cuda import compiler
+    from .emulator import toolchain
+
+    return [
+        Backend("cpu", "cpu", ""),
+        Backend("cuda", "cuda", compiler.missing()),
+        Backend("emulator", "cpu", toolchain.missing()),
+    ]
 
 
 def report() -> str:
     """Versions, backends, threads and cache folders, one fact a line."""
     lines = {f"l1attn_cupy {_version('l1attn_cupy') or 'from a source tree'}": _packages()}
-    lines["backends"] = _backends()
+    lines["backends"] = [f"{backend.name}: {backend.missing or 'available'}" for backend in backends()]
     lines["cpu"] = _cpu()
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in body) for title, body in lines.items())
 
@@ -30,14 +51,6 @@ def _packages() -> list[str]:
     versions = {name: _version(name) or "not installed" for name in PACKAGES}
     python = f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
     return [python, *(f"{name} {version}" for name, version in versions.items())]
-
-
-def _backends() -> list[str]:
-    return [
-        "cpu: available",
-        "cuda: not built yet",
-        "emulator: not built yet",
-    ]
 
 
 def _cpu() -> list[str]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 
 from .functions import SCORES
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BACKENDS = ("cpu", "cuda", "emulator")
 
 Shape = tuple[int, ...]
@@ -128,15 +130,22 @@ def check_options(
     """Check the options that all functions share, and settle the backend for arrays on ``device``."""
     if score not in SCORES:
         raise ValueError(f"score must be one of {_quoted(SCORES)}, got {score!r}")
-    return Options(score, scale, eps, _backend(backend, device), _variant(variant, backend))
+    chosen = _backend(backend, device)
+    if chosen == "cpu" and variant is not None:
+        raise ValueError(f"variant must be None on the cpu backend, which has one kernel for each op, got {variant!r}")
+    return Options(score, scale, eps, chosen, variant)
 
 
 def _positive(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a positive finite number, got {type(value).__name__} {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    return float(value)
+    return number
 
 
 def _backend(backend: str | None, device: str) -> str:
@@ -149,18 +158,10 @@ def _backend(backend: str | None, device: str) -> str:
     if (chosen == "cuda") != (kind == "cuda"):
         raise ValueError(f"backend {chosen!r} takes arrays on {'a CUDA device' if chosen == 'cuda' else 'the CPU'}, "
                          f"got query on {device}")
-    if chosen in ("cuda", "emulator"):
-        raise NotImplementedError(f"the {chosen} backend is not built yet; move the arrays to the CPU, backend='cpu'")
     return chosen
 
 
-def _variant(variant: str | None, backend: str | None) -> str | None:
-    if variant is not None:
-        raise ValueError(f"variant must be None on the cpu backend, which has one kernel for each op, got {variant!r}")
-    return variant
-
-
-def _quoted(names) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 

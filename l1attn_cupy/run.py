@@ -18,6 +18,8 @@ def _backend(name: str) -> ModuleType:
 def scores(call: Plan, query: Any, key: Any) -> Any:
     """The forward result, shape ``call.out_shape``."""
     out = arrays.empty(call.out_shape, query)
+    if 0 in call.out_shape:
+        return out
     _backend(call.options.backend).scores_forward(call, query, key, out)
     return out
 
@@ -27,8 +29,11 @@ def scores_backward(
 ) -> tuple[Any | None, Any | None]:
     """The gradients that are needed, in the shapes of query and key."""
     plan.scores_backward(call, arrays.describe(grad), None if saved is None else arrays.describe(saved))
-    dquery = arrays.empty(call.query.shape, query) if need_query else None
-    dkey = arrays.empty(call.key.shape, key) if need_key else None
+    new = arrays.zeros if 0 in call.out_shape else arrays.empty  # without scores there is nothing to sum
+    dquery = new(call.query.shape, query) if need_query else None
+    dkey = new(call.key.shape, key) if need_key else None
+    if 0 in (*call.out_shape, call.channels):
+        return dquery, dkey
     if call.options.score not in CURVED:
         saved = None
     _backend(call.options.backend).scores_backward(call, grad, query, key, saved, dquery, dkey)

@@ -10,13 +10,11 @@ import numpy as np
 
 from .. import arrays
 from ..functions import SCORES
-from ..plan import ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse
+from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse
 from . import threads
 from .elements import DTYPE_CODES
 from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
 from .vector import panel_width, vector_step
-
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 #: Numbers in one block of rows in scratch memory: 256 KiB in float32, a part of any L2 cache.
 _BLOCK_NUMBERS = 1 << 16
@@ -33,8 +31,6 @@ _STREAM_BYTES = 1 << 22
 
 def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     """Write the scores of ``query`` and ``key`` to ``out``."""
-    if 0 in plan.out_shape:
-        return
     place = _lay_out([plan.query, plan.key, arrays.describe(out)], [query, key, out], plan.batch)
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
     workers = threads.count(query, terms=math.prod(sizes))
@@ -56,8 +52,6 @@ def _gradient(
     plan: Plan, x: ArraySpec, x_data: Any, y: ArraySpec, y_data: Any, grad: Any, saved: Any, dx: Any, transposed: bool
 ) -> None:
     """One gradient: x is the array to differentiate by; grad and scores are ``transposed`` where x is the key."""
-    if 0 in x.shape:
-        return
     shared = broadcast_dims(x, plan.batch)
     order = sorted(range(len(shared)), key=lambda dim: shared[dim])  # dimensions to sum over come last
     specs = [x, y, arrays.describe(grad), arrays.describe(grad if saved is None else saved), arrays.describe(dx)]
@@ -103,7 +97,7 @@ def _common(plan: Plan, place: _Place, sizes: Shape, blocks: tuple) -> tuple:
     """The arguments that both kernels take after the matrices."""
     dtype, options = plan.query.dtype, plan.options
     scalars = np.array([options.scale, options.eps], np.float64 if dtype == "float64" else np.float32)
-    return DTYPE_CODES[dtype], _ITEMSIZE[dtype], place.batch, sizes, blocks, SCORES[options.score], scalars
+    return DTYPE_CODES[dtype], ITEMSIZE[dtype], place.batch, sizes, blocks, SCORES[options.score], scalars
 
 
 def _panel(plan: Plan) -> tuple[int, int]:
@@ -146,7 +140,7 @@ def _split(length: int, multiple: int, most: int, parts: int) -> int:
 
 def _streams(dtype: str, place: _Place, count: int) -> bool:
     """Whether the results (the last matrix) may be written past the caches: large, and aligned to whole vectors."""
-    itemsize, out = _ITEMSIZE[dtype], place.matrices[-1]
+    itemsize, out = ITEMSIZE[dtype], place.matrices[-1]
     step = vector_step(itemsize)
     aligned = out.data % (step * itemsize) == 0 and out.column == 1
     whole = all(stride % step == 0 for stride in (out.row, *place.batch[out.batch].tolist()))

@@ -1,0 +1,205 @@
+// common.cuh: what every kernel shares. Its text is put in front of each kernel file before compilation.
+//
+// Given by -D:  DTYPE (0 float32, 1 float16, 2 bfloat16, 3 float64) and the parameters of the file's @variant line.
+// Strides count elements and are 64-bit; every length, and the number of blocks, is below 2**31. Rows (the last
+// dimension) are contiguous in every array that a kernel receives.
+
+#define F32 0
+#define F16 1
+#define BF16 2
+#define F64 3
+#if DTYPE == F16
+#include <cuda_fp16.h>
+typedef __half scalar_t;
+typedef float acc_t;
+#elif DTYPE == BF16
+#include <cuda_bf16.h>
+typedef __nv_bfloat16 scalar_t;
+typedef float acc_t;
+#elif DTYPE == F64
+typedef double scalar_t;
+typedef double acc_t;
+#else
+typedef float scalar_t;
+typedef float acc_t;
+#endif
+
+typedef long long int64;
+
+// ---- arguments ------------------------------------------------------------------------------------------------
+
+const int MAX_BATCH_DIMS = 6;
+
+struct Matrix {  // one matrix for each batch entry, its rows contiguous
+    void *data;
+    int64 batch_stride[MAX_BATCH_DIMS];  // 0 where the array is broadcast
+    int64 row_stride;
+};
+
+struct ScoresForward {
+    Matrix q, k, out;                // (B, L, E), (B, S, E), (B, L, S)
+    int batch_shape[MAX_BATCH_DIMS];  // B = their product; leading dimensions that are not there are 1
+    int length_q, length_k, channels;
+    int score;
+    double scale, eps;
+};
+
+// One gradient. x is what to differentiate by, y the other array: for dq x is q and y is k, for dk the reverse.
+struct Gradient {
+    Matrix x, y, grad, scores, dx;   // (B, X, E), (B, Y, E), (B, L, S), (B, L, S), (B, X, E)
+    int batch_shape[MAX_BATCH_DIMS];  // dimensions in which dx is one matrix for many entries come last
+    int kept, summed;                // matrices of dx, and batch entries that are summed into each
+    int length_x, length_y;          // length_x is 0 if this gradient is not wanted
+    int x_is_row;                    // whether the rows of grad and scores are x (dq) or y (dk)
+    int unused;
+};
+
+struct ScoresBackward {
+    Gradient dq, dk;
+    int channels;
+    int score;
+    double scale, eps;
+};
+
+// Offset of the matrix of batch entry `index`, and its address.
+__device__ __forceinline__ int64 offset(const Matrix &m, const int *batch_shape, int index) {
+    int64 sum = 0;
+#pragma unroll
+    for (int dim = MAX_BATCH_DIMS - 1; dim >= 0; --dim) {
+        if (batch_shape[dim] == 1) continue;  // spares the division
+        sum += (index % batch_shape[dim]) * m.batch_stride[dim];
+        index /= batch_shape[dim];
+    }
+    return sum;
+}
+__device__ __forceinline__ scalar_t *matrix(const Matrix &m, const int *batch_shape, int index) {
+    return (scalar_t *)m.data + offset(m, batch_shape, index);
+}
+
+__device__ __forceinline__ int ceil_div(int n, int size) { return n / size + (n % size != 0); }
+
+// ---- numbers --------------------------------------------------------------------------------------------------
+
+#if DTYPE == F16
+__device__ __forceinline__ acc_t to_acc(scalar_t x) { return __half2float(x); }
+__device__ __forceinline__ scalar_t to_scalar(acc_t x) { return __float2half_rn(x); }
+#elif DTYPE == BF16
+__device__ __forceinline__ acc_t to_acc(scalar_t x) { return __bfloat162float(x); }
+__device__ __forceinline__ scalar_t to_scalar(acc_t x) { return __float2bfloat16_rn(x); }
+#else
+__device__ __forceinline__ acc_t to_acc(scalar_t x) { return x; }
+__device__ __forceinline__ scalar_t to_scalar(acc_t x) { return x; }
+#endif
+
+__device__ __forceinline__ float absolute(float x) { return fabsf(x); }
+__device__ __forceinline__ double absolute(double x) { return fabs(x); }
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }  // at most 2 ulp off
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ bool finite(acc_t x) { return x - x == 0; }
+
+__device__ __forceinline__ acc_t sign(acc_t d) { return (acc_t)((d > 0) - (d < 0)); }
+
+// 1, 1/2 or 0 as d is positive, zero or negative: 2 * half_step(d) - 1 = sign(d). In float one instruction, without a
+// branch. Not for NaN. Denormals are flushed, so the smallest |d| times 1.7e38 is 2.
+__device__ __forceinline__ float half_step(float d) { return __saturatef(fmaf(d, 1.7e38f, 0.5f)); }
+__device__ __forceinline__ double half_step(double d) { return d > 0 ? 1.0 : d < 0 ? 0.0 : 0.5; }
+
+// ---- F and F' -------------------------------------------------------------------------------------------------
+
+#define INVERSE 0
+#define NEGATIVE 1
+#define LAPLACIAN 2
+#define DISTANCE 3
+
+// Distances of N outputs become their scores; the branch is outside the loops.
+template <int N>
+__device__ __forceinline__ void apply_score(acc_t (&out)[N], int score, acc_t scale, acc_t eps) {
+    if (score == INVERSE) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) out[n] = reciprocal(eps + scale * out[n]);
+    } else if (score == LAPLACIAN) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) out[n] = exponential(-(scale * out[n]));
+    } else {
+        const acc_t factor = score == NEGATIVE ? -scale : scale;
+#pragma unroll
+        for (int n = 0; n < N; ++n) out[n] *= factor;
+    }
+}
+
+// Whether an "inverse" score is so near its pole that |h| may dwarf all others: x < 31 * eps.
+__device__ __forceinline__ bool near_pole(acc_t s, int score, double eps) {
+    return score == INVERSE && s > 1 / (32 * (acc_t)eps);
+}
+
+// F'(x), from the score F(x) itself.
+__device__ __forceinline__ acc_t derivative_of(acc_t s, int score) {
+    if (score == INVERSE) return -s * s;
+    if (score == NEGATIVE) return -1;
+    if (score == LAPLACIAN) return -s;
+    return 1;
+}
+
+// ---- 128-bit loads --------------------------------------------------------------------------------------------
+
+const int LOAD = 16 / sizeof(scalar_t);  // numbers in a 128-bit load from global memory
+const int VEC = 16 / sizeof(acc_t);      // numbers in a 128-bit load from shared memory
+
+struct alignas(16) Load {
+    scalar_t at[LOAD];
+};
+struct alignas(16) Vec {
+    acc_t at[VEC];
+};
+struct alignas(VEC * sizeof(scalar_t)) Store {  // a Vec in the dtype of the arrays
+    scalar_t at[VEC];
+};
+
+template <typename T>
+__device__ __forceinline__ bool aligned(const void *place) {
+    return (unsigned long long)place % sizeof(T) == 0;
+}
+
+// The first `count` of LOAD numbers at `from`, then zeros.
+__device__ __forceinline__ Load load(const scalar_t *from, int count) {
+    if (count >= LOAD && aligned<Load>(from)) return *(const Load *)from;
+    Load numbers;
+#pragma unroll
+    for (int i = 0; i < LOAD; ++i) numbers.at[i] = i < count ? from[i] : to_scalar(0);
+    return numbers;
+}
+
+// ---- tiles of scores ------------------------------------------------------------------------------------------
+
+// F of a thread's N x M distances, to a tile of `out` with q_count x k_count outputs that exist. N_DOWN x N_ACROSS threads
+// share the tile; either way a thread owns groups of VEC neighbours, N_DOWN * VEC or N_ACROSS * VEC apart.
+template <int N_DOWN, int N_ACROSS, int N, int M>
+__device__ __forceinline__ void store_scores(acc_t (&distance)[N][M], scalar_t *out, int64 stride, int row,
+                                             int column, int q_count, int k_count, const ScoresForward &p) {
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+        apply_score(distance[r], p.score, (acc_t)p.scale, (acc_t)p.eps);
+        const int i = r / VEC * VEC * N_DOWN + row * VEC + r % VEC;
+        if (i >= q_count) continue;
+#pragma unroll
+        for (int c = 0; c < M; c += VEC) {
+            const int j = c * N_ACROSS + column * VEC;
+            Store scores;
+#pragma unroll
+            for (int n = 0; n < VEC; ++n) scores.at[n] = to_scalar(distance[r][c + n]);
+            scalar_t *to = out + i * stride + j;
+            if (j + VEC <= k_count && aligned<Store>(to)) {
+                *(Store *)to = scores;
+            } else {
+#pragma unroll
+                for (int n = 0; n < VEC; ++n) {
+                    if (j + n < k_count) to[n] = scores.at[n];
+                }
+            }
+        }
+    }
+}

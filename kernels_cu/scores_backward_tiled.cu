@@ -1,0 +1,153 @@
+// scores_backward_tiled.cu: gradients of the L1 scores; the default.
+// Computes  dx[i,c] = sum_j h[i,j] * sign(x[i,c] - y[j,c]),  h = grad * F'(score) * scale,  for (q, k) and for (k, q)
+// Shapes    x (B,X,E)  y (B,Y,E)  grad, scores (B,L,S)  dx (B,X,E); strides in elements, int64
+// Tiling    BLOCK_X x BLOCK_E gradients per block, ROWS x CHANNELS per thread; y and h in chunks of BLOCK_Y rows
+// Cost      3*B*L*S*E operations for each gradient; at least 2*itemsize*B*(L*S + E*(L+S)) bytes for each
+// Delta     like scores_backward_gather.cu, but x and the sums stay in registers, and one number of y serves ROWS rows,
+//           one of h CHANNELS channels. No atomics, one order of summation: the same bits in every run.
+//
+// With t = half_step(x - y), sum h * sign = 2 * sum h * t - sum h: three instructions a term and no branch. Where all
+// channels tie the two sums cancel exactly, being rounded alike; where some do, what is lost is in proportion to the
+// largest |h| of the row. So chunks in which two rows are nearly equal (|h| near its pole), or anything is not finite,
+// go a slower way that is exact in ties and spreads NaN and infinity as the formula does.
+//
+// @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=32 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3 rank=20
+// @variant  op=scores_backward dtypes=f64 BLOCK_X=64 BLOCK_E=32 BLOCK_Y=32 ROWS=4 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2 rank=20
+
+const int ACROSS = BLOCK_E / CHANNELS, DOWN = BLOCK_X / ROWS;  // threads along the channels and the rows of the tile
+static_assert(ACROSS * DOWN == THREADS, "every thread owns ROWS x CHANNELS gradients");
+static_assert(ROWS % VEC == 0 && CHANNELS % VEC == 0, "a thread reads its rows and channels 128 bits at a time");
+static_assert(BLOCK_X <= THREADS, "a thread adds up the h of one row");
+const int STRIDE = BLOCK_X + VEC;  // the extra VEC spreads the transposed stores over the banks
+
+// Offset in the tile of a thread's n-th row or channel: groups of VEC neighbours, `apart` * VEC apart.
+__device__ __forceinline__ int place(int n, int thread, int apart) { return n / VEC * VEC * apart + thread * VEC + n % VEC; }
+
+// h of a chunk, h[y][x], read along the rows of grad; zero where there is no such row. Returns whether the fast way will do.
+__device__ __forceinline__ bool load_h(acc_t (*h)[STRIDE], const Gradient &t, const scalar_t *grad, const scalar_t *scores,
+                                       int x_count, int y_count, const ScoresBackward &p) {
+    bool fast = true;
+#pragma unroll 4
+    for (int at = threadIdx.x; at < BLOCK_X * BLOCK_Y; at += THREADS) {
+        const int x = t.x_is_row ? at / BLOCK_Y : at % BLOCK_X, y = t.x_is_row ? at % BLOCK_Y : at / BLOCK_X;
+        acc_t value = 0;
+        if (x < x_count && y < y_count) {
+            const int64 row = t.x_is_row ? x : y, column = t.x_is_row ? y : x;
+            const acc_t s = to_acc(scores[row * t.scores.row_stride + column]);
+            value = to_acc(grad[row * t.grad.row_stride + column]) * (acc_t)p.scale * derivative_of(s, p.score);
+            fast = fast && finite(value) && !near_pole(s, p.score, p.eps);
+        }
+        h[y][x] = value;
+    }
+    return fast;
+}
+
+// Rows of y, or of x, as they are: rows[n][channel]. Returns whether all numbers are finite.
+template <int N>
+__device__ __forceinline__ bool load_rows(acc_t (*rows)[BLOCK_E], const scalar_t *from, int64 stride, int count,
+                                          int channels) {
+    bool fast = true;
+#pragma unroll 4
+    for (int at = threadIdx.x; at < N * BLOCK_E; at += THREADS) {
+        const int n = at / BLOCK_E, e = at % BLOCK_E;
+        const acc_t value = n < count && e < channels ? to_acc(from[n * stride + e]) : 0;
+        fast = fast && finite(value);
+        rows[n][e] = value;
+    }
+    return fast;
+}
+
+template <int N>
+__device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *row, int thread, int apart) {
+#pragma unroll
+    for (int n = 0; n < N; n += VEC) {
+        const Vec v = *(const Vec *)(row + place(n, thread, apart));
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) mine[n + i] = v.at[i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_backward(const ScoresBackward p) {
+    const int e_blocks = ceil_div(p.channels, BLOCK_E);
+    const int dq_blocks = p.dq.length_x > 0 ? p.dq.kept * ceil_div(p.dq.length_x, BLOCK_X) * e_blocks : 0;
+    const bool is_dq = blockIdx.x < dq_blocks;
+    const Gradient &t = is_dq ? p.dq : p.dk;
+    const int block = is_dq ? blockIdx.x : blockIdx.x - dq_blocks, x_blocks = ceil_div(t.length_x, BLOCK_X);
+    const int e0 = block % e_blocks * BLOCK_E, i0 = block / e_blocks % x_blocks * BLOCK_X;
+    const int entry = block / e_blocks / x_blocks * t.summed;
+    const int x_count = min(BLOCK_X, t.length_x - i0), channels = min(BLOCK_E, p.channels - e0);
+
+    __shared__ alignas(16) acc_t h[BLOCK_Y][STRIDE];
+    __shared__ alignas(16) acc_t y_rows[BLOCK_Y][BLOCK_E];
+    const int down = threadIdx.x / ACROSS, across = threadIdx.x % ACROSS;
+    acc_t x[ROWS][CHANNELS], sum[ROWS][CHANNELS] = {}, h_sum = 0;  // h_sum is of row threadIdx.x of the tile
+
+    bool x_finite = true;
+    const scalar_t *x_rows = matrix(t.x, t.batch_shape, entry) + i0 * t.x.row_stride + e0;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+            const int i = place(r, down, DOWN), e = place(c, across, ACROSS);
+            x[r][c] = i < x_count && e < channels ? to_acc(x_rows[i * t.x.row_stride + e]) : 0;
+            x_finite = x_finite && finite(x[r][c]);
+        }
+    }
+
+    const int y_blocks = ceil_div(t.length_y, BLOCK_Y);
+    for (int chunk = 0; chunk < t.summed * y_blocks; ++chunk) {
+        const int index = entry + chunk / y_blocks, j0 = chunk % y_blocks * BLOCK_Y;
+        const int y_count = min(BLOCK_Y, t.length_y - j0);
+        const int64 row = t.x_is_row ? i0 : j0, column = t.x_is_row ? j0 : i0;
+        const scalar_t *y = matrix(t.y, t.batch_shape, index) + j0 * t.y.row_stride + e0;  // y[index, j0:, e0:]
+        const scalar_t *grad = matrix(t.grad, t.batch_shape, index) + row * t.grad.row_stride + column;
+        const scalar_t *scores = matrix(t.scores, t.batch_shape, index) + row * t.scores.row_stride + column;
+        const bool h_fast = load_h(h, t, grad, scores, x_count, y_count, p);
+        const bool y_finite = load_rows<BLOCK_Y>(y_rows, y, t.y.row_stride, y_count, channels);
+
+        if (__syncthreads_and(x_finite && h_fast && y_finite)) {  // the chunk is there
+            if (threadIdx.x < BLOCK_X) {
+                for (int j = 0; j < BLOCK_Y; ++j) h_sum += h[j][threadIdx.x];
+            }
+#pragma unroll 2
+            for (int j = 0; j < BLOCK_Y; ++j) {
+                acc_t hs[ROWS], ys[CHANNELS];
+                read(hs, h[j], down, DOWN);
+                read(ys, y_rows[j], across, ACROSS);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; ++c) {
+                        sum[r][c] = multiply_add(half_step(x[r][c] - ys[c]), hs[r], sum[r][c]);
+                    }
+                }
+            }
+        } else {
+#pragma unroll 1
+            for (int j = 0; j < y_count; ++j) {
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    const acc_t half_h = h[j][place(r, down, DOWN)] / 2;
+#pragma unroll
+                    for (int c = 0; c < CHANNELS; ++c) {
+                        sum[r][c] += half_h * sign(x[r][c] - y_rows[j][place(c, across, ACROSS)]);
+                    }
+                }
+            }
+        }
+        __syncthreads();  // all are done with the chunk
+    }
+
+    if (threadIdx.x < BLOCK_X) h[0][threadIdx.x] = h_sum;
+    __syncthreads();  // the sums of h are there
+    scalar_t *dx = matrix(t.dx, t.batch_shape, entry) + i0 * t.dx.row_stride + e0;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const int i = place(r, down, DOWN);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+            const int e = place(c, across, ACROSS);
+            if (i < x_count && e < channels) dx[i * t.dx.row_stride + e] = to_scalar(2 * sum[r][c] - h[0][i]);
+        }
+    }
+}

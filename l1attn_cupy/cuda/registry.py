@@ -1,0 +1,160 @@
+"""Which kernels there are: reading the ``@variant`` lines of the ``.cu`` files, and choosing one for a call.
+
+Nothing but the files says anything about a variant. A user's folder, named by the environment variable L1ATTN_KERNELS,
+comes before the packaged one: a file of the same name replaces the packaged file, a new name is one more variant. Files
+are read again when they change, so the next call uses an edited one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+#: What each op needs from a @variant line to derive its grid (see `launch`).
+OPS = {
+    "scores_forward": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
+    "scores_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"}, {"BLOCK_Q", "BLOCK_K", "BLOCK_E", "THREADS", "ATOMIC"}),
+}
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
+_LIMITS = ("min_q", "max_q", "min_k", "max_k", "min_e", "max_e")
+_LINE = re.compile(r"^//\s*@variant\b(?P<rest>.*)$")
+
+
+class KernelError(RuntimeError):
+    """A kernel file that cannot be used: its header, its compilation, or what it needs and does not find."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One ``@variant`` line: a kernel with its parameters, and the dtypes and sizes it is for."""
+
+    op: str
+    name: str
+    path: Path
+    line: int
+    dtypes: tuple[str, ...]
+    parameters: Mapping[str, int] = field(hash=False)
+    rank: int = 0
+    limits: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def atomic(self) -> bool:
+        """Whether several blocks add to one output, which must then be zero and of the accumulation dtype."""
+        return self.parameters.get("ATOMIC", 0) == 1
+
+    def fits(self, dtype: str, sizes: Mapping[str, int]) -> bool:
+        """Whether this variant is for ``dtype`` and for ``sizes``, which has the keys q, k and e."""
+        within = (
+            (sizes[limit[-1]] >= bound) if limit.startswith("min") else (sizes[limit[-1]] <= bound)
+            for limit, bound in self.limits.items()
+        )
+        return dtype in self.dtypes and all(within)
+
+
+def packaged_folder() -> Path:
+    """The folder of the kernels that come with the package, installed or in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    installed, source = package / "kernels_cu", package.parent / "kernels_cu"
+    for folder in (installed, source):
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise KernelError(f"the kernels were not found, neither in {installed} nor in {source}; install l1attn_cupy again")
+
+
+def folders() -> list[Path]:
+    """The user's folder, if there is one, and the packaged one."""
+    own = os.environ.get("L1ATTN_KERNELS")
+    if not own:
+        return [packaged_folder()]
+    if not Path(own).is_dir():
+        raise KernelError(f"L1ATTN_KERNELS must name a folder, got {own!r}")
+    return [Path(own), packaged_folder()]
+
+
+def variants(op: str | None = None) -> list[Variant]:
+    """All variants, of ``op`` if given, in the order in which they are preferred."""
+    if op is not None and op not in OPS:
+        raise ValueError(f"op must be None or one of {', '.join(map(repr, OPS))}, got {op!r}")
+    files: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("*.cu")):
+            files.setdefault(path.name, path)
+    found = [variant for path in files.values() for variant in _read(path, path.stat().st_mtime_ns)]
+    return sorted((v for v in found if op in (None, v.op)), key=lambda v: (v.op, -v.rank, v.name, v.line))
+
+
+def choose(op: str, dtype: str, sizes: Mapping[str, int], name: str | None) -> Variant:
+    """The variant ``name``, or the one of highest rank that fits; sizes has the keys q, k and e."""
+    candidates = variants(op)
+    if name is not None:
+        candidates = [v for v in candidates if v.name == name]
+        if not candidates:
+            names = ", ".join(repr(n) for n in sorted({v.name for v in variants(op)}))
+            raise ValueError(f"variant must be None or one of {names} for {op}, got {name!r}")
+    for variant in candidates:
+        if variant.fits(dtype, sizes):
+            return variant
+    takes = "; ".join(f"{v.name}: {', '.join(v.dtypes)} {dict(v.limits) or ''}".strip() for v in candidates)
+    raise ValueError(
+        f"variant must be one that takes {dtype} with L={sizes['q']}, S={sizes['k']}, E={sizes['e']} for {op}, "
+        f"got {name!r} (there is {takes})"
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _read(path: Path, modified: int) -> tuple[Variant, ...]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    matches = [(number, match["rest"]) for number, line in enumerate(lines, 1) if (match := _LINE.match(line))]
+    if not matches:
+        raise KernelError(f"{path}:1: no '// @variant op=... dtypes=... BLOCK_...=... THREADS=...' line")
+    return tuple(_parse(path, number, rest) for number, rest in matches)
+
+
+def _parse(path: Path, number: int, text: str) -> Variant:
+    where = f"{path}:{number}"
+    words = dict(_split(where, word) for word in text.split())
+    op, dtypes = words.pop("op", None), words.pop("dtypes", None)
+    if op not in OPS:
+        raise KernelError(f"{where}: op must be one of {', '.join(OPS)}, got {op}")
+    if not path.stem.startswith(f"{op}_"):
+        raise KernelError(f"{where}: the file of a variant of {op} must be named {op}_NAME.cu, got {path.name}")
+    kinds = (dtypes or "").split(",")
+    if not set(kinds) <= set(DTYPES):
+        raise KernelError(f"{where}: dtypes must be a list from {','.join(DTYPES)}, got {dtypes}")
+    numbers = {key: _number(where, key, value) for key, value in words.items()}
+    limits = {key: numbers.pop(key) for key in _LIMITS if key in numbers}
+    rank = numbers.pop("rank", 0)
+    unknown = [key for key in numbers if not re.fullmatch(r"[A-Z][A-Z0-9_]*", key)]
+    if unknown:
+        raise KernelError(
+            f"{where}: unknown key {unknown[0]}; known are op, dtypes, rank, {', '.join(_LIMITS)} and parameters in "
+            "upper case"
+        )
+    if not any(required <= numbers.keys() for required in OPS[op]):
+        raise KernelError(f"{where}: {op} needs {' or '.join(str(sorted(r)) for r in OPS[op])}, got {sorted(numbers)}")
+    name = path.stem.removeprefix(f"{op}_")
+    return Variant(op, name, path, number, tuple(DTYPES[kind] for kind in kinds), numbers, rank, limits)
+
+
+def _split(where: str, word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise KernelError(f"{where}: @variant is followed by KEY=VALUE pairs, got {word!r}")
+    return key, value
+
+
+def _number(where: str, key: str, value: str) -> int:
+    if not re.fullmatch(r"\d+", value):
+        raise KernelError(f"{where}: {key} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def source(variant: Variant) -> str:
+    """What is compiled: common.cuh and the file, each counting its own lines."""
+    common = next(folder / "common.cuh" for folder in folders() if (folder / "common.cuh").is_file())
+    parts = ((common, common.name), (variant.path, str(variant.path)))
+    return "".join(f'#line 1 "{name}"\n{path.read_text(encoding="utf-8")}\n' for path, name in parts)

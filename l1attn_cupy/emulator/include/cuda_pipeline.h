@@ -1,0 +1,1 @@
+// cuda_pipeline.h: cuda_shim.hpp, which every kernel includes, already holds what kernels use of it.

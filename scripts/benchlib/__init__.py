@@ -1,0 +1,1 @@
+"""Parts of scripts/bench.py: cases, peers, timing, measured limits, probes in fresh processes, tables."""

@@ -1,0 +1,158 @@
+"""What the command line and the machine decide, and the method that every run states first."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+import torch
+
+from benchlib import report
+from benchlib.cases import Case, parse
+from benchlib.peers import PEERS
+
+PARTS = ("forward", "backward", "memory", "overhead", "startup")  # --quick leaves the last one out
+GIB = 2**30
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's CPU allocator reads it at its first allocation
+CPU_CACHE_BYTES = 64 << 20  # above most last-level caches
+
+
+@dataclass
+class Settings:
+    """Everything a part of the benchmark needs to know."""
+
+    device: str
+    cases: list[Case]
+    peers: list[str]
+    peers_given: bool
+    rounds: int
+    quick: bool
+    only: set[str]
+    threads: int
+    eager_bytes: int  # the broadcast tensor of a peer may be this large
+    cache_bytes: int  # a rotation of inputs is larger than this
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def ops(self) -> set[str]:
+        backward = {"backward", "forward+backward"} if "backward" in self.only else set()
+        return backward | ({"forward"} & self.only)
+
+    def peers_for(self, case: Case) -> list[str]:
+        """All that were asked for; by default KeOps and torch.compile only where their compilation pays.
+
+        KeOps compiles for every number of channels and dtype, and takes tens of seconds at length 8192.
+        """
+        left_out: set[str] = set()
+        if not self.peers_given:
+            left_out |= {"keops"} if case.group in ("grid", "long") else set()
+            left_out |= {"keops", "compile"} if case.dtype == "float64" else set()
+        return [name for name in self.peers if name not in left_out]
+
+    def eager_limit(self, case: Case) -> int:
+        """Bytes that a peer's broadcast tensor may have; few on the CPU's grid, so that it ends in time."""
+        small = case.group == "grid" and not self.cuda
+        return min(self.eager_bytes, GIB // 16) if small else self.eager_bytes
+
+    def budget_s(self, case: Case) -> float:
+        """Seconds a peer may take on a case before it stops at the fewest rounds."""
+        return 0.3 if case.group == "grid" else 1.0 if self.quick else 3.0
+
+
+def choose_cases(options: argparse.Namespace) -> list[Case]:
+    """The shapes asked for, or those of the device; `max_terms` is what a slow peer does in a second."""
+    cuda = options.device == "cuda"
+    max_terms = 2**30 if cuda else 2**24 if options.quick else 2**26
+    if options.shapes or options.dtype:
+        dtypes = (options.dtype or "float32").split(",")
+        return parse(options.shapes or "main,long,grid", dtypes, max_terms, options.quick)
+    if options.quick:
+        return parse("main,grid", ["float32"], max_terms, True)
+    second = ["float16"] if cuda else ["float64"]
+    cases = parse("main", ["float32", *second], max_terms, False)
+    cases += parse("wide", ["float32", "float16", "bfloat16"], max_terms, False) if cuda else []
+    return cases + parse("long,grid", ["float32"], max_terms, False)
+
+
+def settle(options: argparse.Namespace) -> Settings:
+    """Settings from the options; SystemExit where the device is not there."""
+    cuda = options.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise SystemExit(
+            "--device cuda: torch finds no CUDA device; it needs a GPU and a torch built for CUDA"
+        )
+    if options.huge_pages:
+        os.environ[HUGE_PAGES] = "1"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = [name for name in PEERS if not (options.quick and name in ("compile", "keops"))]
+    gpu = torch.cuda.get_device_properties(0) if cuda else None
+    return Settings(
+        device=options.device,
+        cases=choose_cases(options),
+        peers=options.peers.split(",") if options.peers else names,
+        peers_given=bool(options.peers),
+        rounds=options.repeats or (25 if cuda else 5 if options.quick else 9),
+        quick=options.quick,
+        only=set(options.only.split(",")) if options.only else set(PARTS[:-1] if options.quick else PARTS),
+        threads=torch.get_num_threads(),
+        eager_bytes=gpu.total_memory // 12 if gpu else GIB // 4 if options.quick else GIB // 2,
+        cache_bytes=getattr(gpu, "L2_cache_size", CPU_CACHE_BYTES),
+    )
+
+
+def method(settings: Settings) -> list[str]:
+    """The lines that every run opens with."""
+    if settings.cuda:
+        device, clock = torch.cuda.get_device_name(), "CUDA events; L2 is overwritten before every call"
+    else:
+        device = report.processor()
+        clock = (
+            f"wall time, {settings.threads} threads (SciPy: one); short calls are repeated to 3 ms a sample"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions().items())
+    cache, eager = settings.cache_bytes >> 20, settings.eager_bytes / GIB
+    return [
+        f"device    {device}",
+        f"versions  {versions}",
+        "term      one |q - k| added to one sum; backward has B*L*S*E for dquery and as many for dkey",
+        f"clock     {clock}",
+        "warm-up   two calls of each op; the first is checked against the float64 formula",
+        f"inputs    normal; 2 to 16 sets in rotation, together beyond {cache} MiB where 16 are enough",
+        f"order     all peers and the limit in turn, up to {settings.rounds} rounds, fewer for slow peers",
+        "rates     median (min..max) of the rounds; a ratio is the median of the ratios within a round",
+        "of limit  rate over the limit's in the same round; by core time: the same per second that threads had",
+        "          of a core, which other processes do not disturb (spinning threads count as busy)",
+        "forward   without gradients; backward: through autograd, after its own forward",
+        f"eager     fewer heads where its (B, L, S, E) tensor would pass {eager:.2g} GiB; rates are per term",
+        "compile   static shapes",
+        *page_method(settings),
+        *grid_method(settings),
+    ]
+
+
+def page_method(settings: Settings) -> list[str]:
+    """What memory a large result of torch's lies in; the first write to each page costs a fault."""
+    if settings.cuda:
+        return []
+    huge = os.environ.get(HUGE_PAGES) == "1"
+    return [
+        "pages     "
+        + ("huge, where the system allows it" if huge else "the system's default; see --huge-pages")
+    ]
+
+
+def grid_method(settings: Settings) -> list[str]:
+    """What is different for the original benchmark's shapes; [] if none is timed."""
+    cases = [case for case in settings.cases if case.group == "grid"]
+    if not cases:
+        return []
+    terms, gib = max(case.terms("forward") for case in cases), settings.eager_limit(cases[0]) / GIB
+    return [
+        f"grid      as many of the original 512 x 8 heads as make {terms:.1e} terms forward; eager: fewer, a",
+        f"          tensor within {gib:.2g} GiB; compile: once, with dynamic shapes; KeOps: left out",
+    ]

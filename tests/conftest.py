@@ -1,0 +1,104 @@
+"""Shared by all tests: each skip has a reason and is counted; GPU tests are left out where no GPU is."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # No deadline: the first call of a kernel compiles it.
+    settings.register_profile("l1attn_cupy", deadline=None, print_blob=True)
+    settings.load_profile("l1attn_cupy")
+
+# What pytest reports for a skip whose author gave no reason.
+NO_REASON = {"", "Skipped", "unconditional skip"}
+
+skips_key = pytest.StashKey[set[tuple[str, str]]]()  # (test, reason): doctests collect a file twice
+gpu_left_out_key = pytest.StashKey[int]()
+
+
+@functools.cache
+def why_no_gpu() -> str:
+    """Why GPU tests cannot run here; "" where they can.
+
+    Asks the driver itself: importing CuPy or torch for it would cost a second in every run.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA device"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "no CUDA device"
+    return "" if importlib.util.find_spec("cupy") else "CuPy is not installed"
+
+
+@pytest.fixture(scope="session")
+def have_gpu() -> bool:
+    """Whether kernels can be launched, for tests that do more where they can."""
+    return not why_no_gpu()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail instead of leaving GPU tests out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[skips_key] = set()
+    config.stash[gpu_left_out_key] = 0
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests asked for are counted
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items or not why_no_gpu():
+        return
+    if config.getoption("--require-gpu"):
+        raise pytest.UsageError(f"--require-gpu: {why_no_gpu()}")
+    config.stash[gpu_left_out_key] = len(gpu_items)
+    config.hook.pytest_deselected(items=gpu_items)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def _count_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    """Count a skip under its reason; turn one without a reason into a failure."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
+    reason = reason.removeprefix("Skipped:").strip()
+    if reason in NO_REASON:
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} was skipped without a reason: give one"
+    else:
+        config.stash[skips_key].add((report.nodeid, reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    _count_skip(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    _count_skip(report, collector.config)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skips = Counter(reason for _, reason in config.stash[skips_key])
+    terminalreporter.section(f"skipped: {skips.total()}")
+    for reason, count in skips.most_common():
+        terminalreporter.write_line(f"{count:5d}  {reason}")
+    if config.stash[gpu_left_out_key]:
+        terminalreporter.write_line(f"{config.stash[gpu_left_out_key]} gpu tests not run: {why_no_gpu()}")

@@ -1,0 +1,41 @@
+// undefined.cu: what C++ leaves undefined, and traps, one for each value of MODE.
+struct UndefinedArgs {
+  int* out;
+  int big;  // 2147483647
+  int zero;
+};
+
+__constant__ int table[4] = {1, 2, 3, 4};
+
+extern "C" __global__ void undefined(const UndefinedArgs args) {
+  const int t = threadIdx.x;
+#if MODE == 0
+  args.out[t] = args.big + t;
+#elif MODE == 1
+  args.out[t] = args.big / (args.zero + t - 3);
+#elif MODE == 2
+  args.out[t] = table[t + args.zero];
+#elif MODE == 3
+  __builtin_assume(t < 4);
+  args.out[t] = t;
+#elif MODE == 4
+  if (t == 5) __trap();
+#elif MODE == 5
+  if (t == 5) assert(args.zero == 1);
+#elif MODE == 6
+  volatile char big[200000];  // more local memory than there is
+  big[t] = 1;
+  for (int i = 0; i < 200000; i += 1000) big[i] = 1;
+  args.out[t] = big[t];
+#elif MODE == 7
+  *reinterpret_cast<int*>(16) = t;
+#elif MODE == 8
+  args.out[0] = t;  // all threads of all blocks
+#elif MODE == 9
+  if (blockIdx.x == 1 && t == 0) args.out[0] = 1;
+  if (t == 0) args.out[blockIdx.x == 2 ? 0 : blockIdx.x] = 2;
+#elif MODE == 10
+  const int i = 65536 + args.zero;
+  args.out[t] = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(i));  // fine: unsigned wraps
+#endif
+}

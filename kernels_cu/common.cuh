@@ -95,7 +95,15 @@ __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
 __device__ __forceinline__ double absolute(double x) { return fabs(x); }
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }  // at most 2 ulp off
+__device__ __forceinline__ float reciprocal(float x) {  // one instruction, at most 1 ulp off; 0 where 1/x is denormal
+#ifdef L1ATTN_EMULATOR
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -105,7 +113,15 @@ __device__ __forceinline__ acc_t sign(acc_t d) { return (acc_t)((d > 0) - (d < 0
 
 // 1, 1/2 or 0 as d is positive, zero or negative: 2 * half_step(d) - 1 = sign(d). In float one instruction, without a
 // branch. Not for NaN. Denormals are flushed, so the smallest |d| times 1.7e38 is 2.
-__device__ __forceinline__ float half_step(float d) { return __saturatef(fmaf(d, 1.7e38f, 0.5f)); }
+__device__ __forceinline__ float half_step(float d) {
+#ifdef L1ATTN_EMULATOR
+    return __saturatef(fmaf(d, 1.7e38f, 0.5f));
+#else
+    float t;  // __saturatef(fmaf(...)) would be two instructions
+    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(t) : "f"(d), "f"(1.7e38f), "f"(0.5f));
+    return t;
+#endif
+}
 __device__ __forceinline__ double half_step(double d) { return d > 0 ? 1.0 : d < 0 ? 0.0 : 0.5; }
 
 // ---- F and F' -------------------------------------------------------------------------------------------------
@@ -164,6 +180,11 @@ __device__ __forceinline__ bool aligned(const void *place) {
     return (unsigned long long)place % sizeof(T) == 0;
 }
 
+// Whether every row of a matrix is aligned to 128 bits.
+__device__ __forceinline__ bool aligned_rows(const scalar_t *rows, int64 stride) {
+    return aligned<Load>(rows) && stride % LOAD == 0;
+}
+
 // The first `count` of LOAD numbers at `from`, then zeros.
 __device__ __forceinline__ Load load(const scalar_t *from, int count) {
     if (count >= LOAD && aligned<Load>(from)) return *(const Load *)from;
@@ -176,15 +197,17 @@ __device__ __forceinline__ Load load(const scalar_t *from, int count) {
 // ---- tiles of scores ------------------------------------------------------------------------------------------
 
 // F of a thread's N x M distances, to a tile of `out` with q_count x k_count outputs that exist. N_DOWN x N_ACROSS threads
-// share the tile; either way a thread owns groups of VEC neighbours, N_DOWN * VEC or N_ACROSS * VEC apart.
+// share the tile; either way a thread owns groups of VEC neighbours, N_DOWN * VEC or N_ACROSS * VEC apart. `whole` says
+// that all outputs exist and their rows are aligned to 128 bits.
 template <int N_DOWN, int N_ACROSS, int N, int M>
 __device__ __forceinline__ void store_scores(acc_t (&distance)[N][M], scalar_t *out, int64 stride, int row,
-                                             int column, int q_count, int k_count, const ScoresForward &p) {
+                                             int column, int q_count, int k_count, bool whole,
+                                             const ScoresForward &p) {
 #pragma unroll
     for (int r = 0; r < N; ++r) {
         apply_score(distance[r], p.score, (acc_t)p.scale, (acc_t)p.eps);
         const int i = r / VEC * VEC * N_DOWN + row * VEC + r % VEC;
-        if (i >= q_count) continue;
+        if (!whole && i >= q_count) continue;
 #pragma unroll
         for (int c = 0; c < M; c += VEC) {
             const int j = c * N_ACROSS + column * VEC;
@@ -192,7 +215,7 @@ __device__ __forceinline__ void store_scores(acc_t (&distance)[N][M], scalar_t *
 #pragma unroll
             for (int n = 0; n < VEC; ++n) scores.at[n] = to_scalar(distance[r][c + n]);
             scalar_t *to = out + i * stride + j;
-            if (j + VEC <= k_count && aligned<Store>(to)) {
+            if (whole || (j + VEC <= k_count && aligned<Store>(to))) {
                 *(Store *)to = scores;
             } else {
 #pragma unroll

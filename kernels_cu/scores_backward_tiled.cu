@@ -11,51 +11,84 @@
 // largest |h| of the row. So chunks in which two rows are nearly equal (|h| near its pole), or anything is not finite,
 // go a slower way that is exact in ties and spreads NaN and infinity as the formula does.
 //
-// @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=32 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3 rank=20
-// @variant  op=scores_backward dtypes=f64 BLOCK_X=64 BLOCK_E=32 BLOCK_Y=32 ROWS=4 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2 rank=20
+// @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3 rank=20
+// @variant  op=scores_backward dtypes=f64 BLOCK_X=64 BLOCK_E=32 BLOCK_Y=16 ROWS=4 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2 rank=20
 
 const int ACROSS = BLOCK_E / CHANNELS, DOWN = BLOCK_X / ROWS;  // threads along the channels and the rows of the tile
 static_assert(ACROSS * DOWN == THREADS, "every thread owns ROWS x CHANNELS gradients");
 static_assert(ROWS % VEC == 0 && CHANNELS % VEC == 0, "a thread reads its rows and channels 128 bits at a time");
 static_assert(BLOCK_X <= THREADS, "a thread adds up the h of one row");
+static_assert(BLOCK_X % LOAD == 0 && BLOCK_Y % LOAD == 0 && BLOCK_E % LOAD == 0, "rows are loaded 128 bits at a time");
 const int STRIDE = BLOCK_X + VEC;  // the extra VEC spreads the transposed stores over the banks
 
 // Offset in the tile of a thread's n-th row or channel: groups of VEC neighbours, `apart` * VEC apart.
 __device__ __forceinline__ int place(int n, int thread, int apart) { return n / VEC * VEC * apart + thread * VEC + n % VEC; }
 
-// h of a chunk, h[y][x], read along the rows of grad; zero where there is no such row. Returns whether the fast way will do.
-__device__ __forceinline__ bool load_h(acc_t (*h)[STRIDE], const Gradient &t, const scalar_t *grad, const scalar_t *scores,
-                                       int x_count, int y_count, const ScoresBackward &p) {
-    bool fast = true;
-#pragma unroll 4
-    for (int at = threadIdx.x; at < BLOCK_X * BLOCK_Y; at += THREADS) {
-        const int x = t.x_is_row ? at / BLOCK_Y : at % BLOCK_X, y = t.x_is_row ? at % BLOCK_Y : at / BLOCK_X;
-        acc_t value = 0;
-        if (x < x_count && y < y_count) {
-            const int64 row = t.x_is_row ? x : y, column = t.x_is_row ? y : x;
-            const acc_t s = to_acc(scores[row * t.scores.row_stride + column]);
-            value = to_acc(grad[row * t.grad.row_stride + column]) * (acc_t)p.scale * derivative_of(s, p.score);
-            fast = fast && finite(value) && !near_pole(s, p.score, p.eps);
-        }
-        h[y][x] = value;
-    }
-    return fast;
-}
+// A thread's part of a chunk, BLOCK_Y rows of y and their h, on its way from global to shared memory.
+struct Chunk {
+    static const int H_MINE = (BLOCK_X * BLOCK_Y / LOAD + THREADS - 1) / THREADS;  // 128-bit loads
+    static const int Y_MINE = (BLOCK_Y * BLOCK_E / LOAD + THREADS - 1) / THREADS;
+    Load grad[H_MINE], scores[H_MINE], y[Y_MINE];
 
-// Rows of y, or of x, as they are: rows[n][channel]. Returns whether all numbers are finite.
-template <int N>
-__device__ __forceinline__ bool load_rows(acc_t (*rows)[BLOCK_E], const scalar_t *from, int64 stride, int count,
-                                          int channels) {
-    bool fast = true;
-#pragma unroll 4
-    for (int at = threadIdx.x; at < N * BLOCK_E; at += THREADS) {
-        const int n = at / BLOCK_E, e = at % BLOCK_E;
-        const acc_t value = n < count && e < channels ? to_acc(from[n * stride + e]) : 0;
-        fast = fast && finite(value);
-        rows[n][e] = value;
+    // Row and first column, in a tile `columns` wide, of this thread's n-th load; no such row if it is done.
+    static __device__ __forceinline__ int row(int n, int columns) { return (threadIdx.x + n * THREADS) / (columns / LOAD); }
+    static __device__ __forceinline__ int column(int n, int columns) {
+        return (threadIdx.x + n * THREADS) % (columns / LOAD) * LOAD;
     }
-    return fast;
-}
+    __device__ __forceinline__ void fetch(const Gradient &t, int index, int i0, int j0, int e0, int channels) {
+        const int x_count = min(BLOCK_X, t.length_x - i0), y_count = min(BLOCK_Y, t.length_y - j0);
+        const scalar_t *ys = matrix(t.y, t.batch_shape, index) + j0 * t.y.row_stride + e0;  // y[index, j0:, e0:]
+#pragma unroll
+        for (int n = 0; n < Y_MINE; ++n) {
+            const int r = row(n, BLOCK_E), c = column(n, BLOCK_E);
+            y[n] = load(ys + r * t.y.row_stride + c, r < y_count ? channels - c : 0);
+        }
+        const int rows = t.x_is_row ? x_count : y_count, columns = t.x_is_row ? y_count : x_count;
+        const int width = t.x_is_row ? BLOCK_Y : BLOCK_X;
+        const int64 first_row = t.x_is_row ? i0 : j0, first_column = t.x_is_row ? j0 : i0;
+        const scalar_t *g = matrix(t.grad, t.batch_shape, index) + first_row * t.grad.row_stride + first_column;
+        const scalar_t *s = matrix(t.scores, t.batch_shape, index) + first_row * t.scores.row_stride + first_column;
+#pragma unroll
+        for (int n = 0; n < H_MINE; ++n) {
+            const int r = row(n, width), c = column(n, width), count = r < rows ? columns - c : 0;
+            grad[n] = load(g + r * t.grad.row_stride + c, count);
+            scores[n] = load(s + r * t.scores.row_stride + c, count);
+        }
+    }
+
+    // To h[y][x] and y_rows[y][channel]. Returns whether the fast way will do for it.
+    __device__ __forceinline__ bool put(acc_t (*h)[STRIDE], acc_t (*y_rows)[BLOCK_E], bool x_is_row,
+                                        const ScoresBackward &p) const {
+        acc_t zero = 0;  // stays 0 while all numbers are finite
+        bool fast = true;
+#pragma unroll
+        for (int n = 0; n < Y_MINE; ++n) {
+            const int r = row(n, BLOCK_E), c = column(n, BLOCK_E);
+            if (r >= BLOCK_Y) break;
+#pragma unroll
+            for (int i = 0; i < LOAD; ++i) {
+                const acc_t value = to_acc(y[n].at[i]);
+                zero = multiply_add(value, 0, zero);
+                y_rows[r][c + i] = value;
+            }
+        }
+        const int width = x_is_row ? BLOCK_Y : BLOCK_X;
+#pragma unroll
+        for (int n = 0; n < H_MINE; ++n) {
+            const int r = row(n, width), c = column(n, width);
+            if (r * width >= BLOCK_X * BLOCK_Y) break;
+#pragma unroll
+            for (int i = 0; i < LOAD; ++i) {
+                const acc_t s = to_acc(scores[n].at[i]);
+                const acc_t value = to_acc(grad[n].at[i]) * (acc_t)p.scale * derivative_of(s, p.score);
+                zero = multiply_add(value, 0, zero);
+                fast = fast && !near_pole(s, p.score, p.eps);
+                h[x_is_row ? c + i : r][x_is_row ? r : c + i] = value;
+            }
+        }
+        return fast && zero == 0;
+    }
+};
 
 template <int N>
 __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *row, int thread, int apart) {
@@ -94,18 +127,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_back
         }
     }
 
-    const int y_blocks = ceil_div(t.length_y, BLOCK_Y);
-    for (int chunk = 0; chunk < t.summed * y_blocks; ++chunk) {
-        const int index = entry + chunk / y_blocks, j0 = chunk % y_blocks * BLOCK_Y;
-        const int y_count = min(BLOCK_Y, t.length_y - j0);
-        const int64 row = t.x_is_row ? i0 : j0, column = t.x_is_row ? j0 : i0;
-        const scalar_t *y = matrix(t.y, t.batch_shape, index) + j0 * t.y.row_stride + e0;  // y[index, j0:, e0:]
-        const scalar_t *grad = matrix(t.grad, t.batch_shape, index) + row * t.grad.row_stride + column;
-        const scalar_t *scores = matrix(t.scores, t.batch_shape, index) + row * t.scores.row_stride + column;
-        const bool h_fast = load_h(h, t, grad, scores, x_count, y_count, p);
-        const bool y_finite = load_rows<BLOCK_Y>(y_rows, y, t.y.row_stride, y_count, channels);
-
-        if (__syncthreads_and(x_finite && h_fast && y_finite)) {  // the chunk is there
+    const int y_blocks = ceil_div(t.length_y, BLOCK_Y), chunks = t.summed * y_blocks;
+    Chunk next;
+    if (chunks > 0) next.fetch(t, entry, i0, 0, e0, channels);
+    for (int chunk = 1; chunk <= chunks; ++chunk) {
+        const bool h_fast = next.put(h, y_rows, t.x_is_row, p);
+        const bool fast = __syncthreads_and(x_finite && h_fast);  // the chunk is there
+        if (chunk < chunks) {  // the next is on the way while this one is summed
+            next.fetch(t, entry + chunk / y_blocks, i0, chunk % y_blocks * BLOCK_Y, e0, channels);
+        }
+        if (fast) {
             if (threadIdx.x < BLOCK_X) {
                 for (int j = 0; j < BLOCK_Y; ++j) h_sum += h[j][threadIdx.x];
             }
@@ -124,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_back
             }
         } else {
 #pragma unroll 1
-            for (int j = 0; j < y_count; ++j) {
+            for (int j = 0; j < BLOCK_Y; ++j) {  // from y_count on, h is 0
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     const acc_t half_h = h[j][place(r, down, DOWN)] / 2;

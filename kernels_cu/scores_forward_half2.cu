@@ -1,20 +1,19 @@
 // scores_forward_half2.cu: L1 scores, forward, two channels in one instruction.
 // Computes  out[b,i,j] = F(scale * sum_k |q[b,i,k] - k[b,j,k]|)
 // Shapes    q (B,L,E)  k (B,S,E)  out (B,L,S); strides in elements, int64
-// Tiling    BLOCK_Q x BLOCK_K outputs per block, 8 x 8 per thread, E in chunks of BLOCK_E, pairs of channels packed
+// Tiling    BLOCK_Q x BLOCK_K outputs per block, 8 x 4 per thread, E in chunks of BLOCK_E, pairs of channels packed
 // Cost      B*L*S*E packed adds; at least 2*(B*E*(L+S) + B*L*S) bytes
 // Delta     like scores_forward_tiled.cu, but differences and their sums are float16, two to an instruction. Sums over
 //           BLOCK_E channels are added to float32 sums. By name only (rank 0): a difference is rounded to float16, and
 //           BLOCK_E/2 of them must not sum to more than 65504.
-// @variant  op=scores_forward dtypes=f16 BLOCK_Q=128 BLOCK_K=128 BLOCK_E=32 THREADS=256 rank=0
+// @variant  op=scores_forward dtypes=f16 BLOCK_Q=128 BLOCK_K=32 BLOCK_E=16 THREADS=128 BLOCKS_PER_SM=4 rank=0
 
 #if DTYPE != F16
 #error "half2 is for float16"
 #endif
 
-const int SIDE = 16;                                     // threads along either side of the tile
-const int ROWS = BLOCK_Q / SIDE, COLUMNS = BLOCK_K / SIDE;  // outputs of a thread
-static_assert(THREADS == SIDE * SIDE, "a thread's place in the tile is threadIdx.x / 16, threadIdx.x % 16");
+const int ACROSS = 8, DOWN = THREADS / ACROSS;                // threads along a row and a column of the tile
+const int ROWS = BLOCK_Q / DOWN, COLUMNS = BLOCK_K / ACROSS;  // outputs of a thread
 static_assert(ROWS % VEC == 0 && COLUMNS % VEC == 0, "a thread reads its rows and columns 128 bits at a time");
 static_assert(BLOCK_E % LOAD == 0, "a chunk of a row is a whole number of 128-bit loads");
 
@@ -25,83 +24,86 @@ struct alignas(16) Pairs {  // one pair of channels of VEC rows
 // A thread's part of BLOCK rows on their way, chunk by chunk, from global to shared memory: chunk[pair of channels][row].
 template <int BLOCK>
 struct Chunk {
-    static const int GROUPS = BLOCK_E / LOAD;  // 128-bit loads in a row of a chunk
-    static const int STEP = THREADS / GROUPS;  // rows that all threads load at once
-    static const int MINE = BLOCK / STEP;
+    static const int GROUPS = BLOCK_E / LOAD;                // 128-bit loads in a row of a chunk
+    static const int STEP = THREADS / GROUPS;                // rows that all threads load at once
+    static const int MINE = (BLOCK + STEP - 1) / STEP;
     static const int STRIDE = BLOCK + VEC;  // the extra VEC spreads the transposed stores over the banks
-    static_assert(MINE * STEP == BLOCK, "all threads load the same number of rows");
     Load numbers[MINE];
-    const scalar_t *from;
-    int64 step;
-    int left, rows;  // channels from there to the end of a row; loads whose row exists
 
-    __device__ __forceinline__ Chunk(const scalar_t *first, int64 stride, int count, int channels) {
-        const int row = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
-        from = first + row * stride + e;
-        step = STEP * stride;
-        left = channels - e;
-        rows = (count - row + STEP - 1) / STEP;
-    }
-    __device__ __forceinline__ void fetch() {
+    __device__ __forceinline__ void fetch(const scalar_t *rows, int64 stride, int count, int channels, bool whole) {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+        const scalar_t *from = rows + first * stride + e;
+        if (whole && BLOCK % STEP == 0) {
 #pragma unroll
-        for (int n = 0; n < MINE; ++n) numbers[n] = load(from + n * step, n < rows ? left : 0);
-        from += BLOCK_E;
-        left -= BLOCK_E;
+            for (int n = 0; n < MINE; ++n, from += STEP * stride) numbers[n] = *(const Load *)from;
+        } else {
+#pragma unroll
+            for (int n = 0; n < MINE; ++n, from += STEP * stride) {
+                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
+            }
+        }
     }
     __device__ __forceinline__ void put(__half2 (*chunk)[STRIDE]) const {
-        const int row = threadIdx.x / GROUPS, pair = threadIdx.x % GROUPS * (LOAD / 2);
+        const int first = threadIdx.x / GROUPS, pair = threadIdx.x % GROUPS * (LOAD / 2);
 #pragma unroll
         for (int n = 0; n < MINE; ++n) {
+            if (BLOCK % STEP != 0 && first + n * STEP >= BLOCK) break;
 #pragma unroll
             for (int i = 0; i < LOAD / 2; ++i) {
-                chunk[pair + i][row + n * STEP] = __halves2half2(numbers[n].at[2 * i], numbers[n].at[2 * i + 1]);
+                chunk[pair + i][first + n * STEP] = __halves2half2(numbers[n].at[2 * i], numbers[n].at[2 * i + 1]);
             }
         }
     }
 };
 
-// A thread's numbers of one pair of channels: groups of VEC neighbours, SIDE * VEC apart.
-template <int N>
+// A thread's numbers of one pair of channels: groups of VEC neighbours, APART * VEC apart.
+template <int APART, int N>
 __device__ __forceinline__ void read(__half2 (&mine)[N], const __half2 *pair, int place) {
 #pragma unroll
     for (int n = 0; n < N; n += VEC) {
-        const Pairs v = *(const Pairs *)(pair + n * SIDE + place * VEC);
+        const Pairs v = *(const Pairs *)(pair + n * APART + place * VEC);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) mine[n + i] = v.at[i];
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_forward(const ScoresForward p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_forward(const ScoresForward p) {
     const int q_blocks = ceil_div(p.length_q, BLOCK_Q), k_blocks = ceil_div(p.length_k, BLOCK_K);
     const int j0 = blockIdx.x % k_blocks * BLOCK_K, i0 = blockIdx.x / k_blocks % q_blocks * BLOCK_Q;
     const int b = blockIdx.x / k_blocks / q_blocks;
     const scalar_t *q = matrix(p.q, p.batch_shape, b) + i0 * p.q.row_stride;  // q[b, i0:i0+BLOCK_Q, :]
     const scalar_t *k = matrix(p.k, p.batch_shape, b) + j0 * p.k.row_stride;  // k[b, j0:j0+BLOCK_K, :]
+    scalar_t *out = matrix(p.out, p.batch_shape, b) + i0 * p.out.row_stride + j0;
     const int q_count = min(p.length_q - i0, BLOCK_Q), k_count = min(p.length_k - j0, BLOCK_K);
+    // Nothing to check at each access: all rows and channels of all chunks exist, and are aligned.
+    const bool whole = q_count == BLOCK_Q && k_count == BLOCK_K && p.channels % BLOCK_E == 0 &&
+                       aligned_rows(q, p.q.row_stride) && aligned_rows(k, p.k.row_stride) &&
+                       aligned_rows(out, p.out.row_stride);
 
-    __shared__ alignas(16) __half2 q_chunk[BLOCK_E / 2][Chunk<BLOCK_Q>::STRIDE];
-    __shared__ alignas(16) __half2 k_chunk[BLOCK_E / 2][Chunk<BLOCK_K>::STRIDE];
-    Chunk<BLOCK_Q> q_next(q, p.q.row_stride, q_count, p.channels);
-    Chunk<BLOCK_K> k_next(k, p.k.row_stride, k_count, p.channels);
-    const int row = threadIdx.x / SIDE, column = threadIdx.x % SIDE;
+    __shared__ alignas(16) __half2 q_chunks[2][BLOCK_E / 2][Chunk<BLOCK_Q>::STRIDE];
+    __shared__ alignas(16) __half2 k_chunks[2][BLOCK_E / 2][Chunk<BLOCK_K>::STRIDE];
+    Chunk<BLOCK_Q> q_next;
+    Chunk<BLOCK_K> k_next;
+    const int row = threadIdx.x / ACROSS, column = threadIdx.x % ACROSS;
     acc_t distance[ROWS][COLUMNS] = {};
 
-    q_next.fetch();
-    k_next.fetch();
-    for (int channels = p.channels; channels > 0; channels -= BLOCK_E) {
-        q_next.put(q_chunk);
-        k_next.put(k_chunk);
-        __syncthreads();  // this chunk is there
-        if (channels > BLOCK_E) {  // the next is on the way while the sums below are formed
-            q_next.fetch();
-            k_next.fetch();
+    q_next.fetch(q, p.q.row_stride, q_count, p.channels, whole);
+    k_next.fetch(k, p.k.row_stride, k_count, p.channels, whole);
+    q_next.put(q_chunks[0]);
+    k_next.put(k_chunks[0]);
+    __syncthreads();  // the first chunk is there
+
+    for (int channels = p.channels, now = 0; channels > 0; channels -= BLOCK_E, now ^= 1) {
+        if (channels > BLOCK_E) {  // the next chunk is on the way while the sums below are formed
+            q_next.fetch(q += BLOCK_E, p.q.row_stride, q_count, channels - BLOCK_E, whole);
+            k_next.fetch(k += BLOCK_E, p.k.row_stride, k_count, channels - BLOCK_E, whole);
         }
         __half2 sum[ROWS][COLUMNS] = {};
 #pragma unroll
         for (int pair = 0; pair < BLOCK_E / 2; ++pair) {
             __half2 qs[ROWS], ks[COLUMNS];
-            read(qs, q_chunk[pair], row);
-            read(ks, k_chunk[pair], column);
+            read<DOWN>(qs, q_chunks[now][pair], row);
+            read<ACROSS>(ks, k_chunks[now][pair], column);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
@@ -115,9 +117,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scores_forward(const Sc
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c) distance[r][c] += __low2float(sum[r][c]) + __high2float(sum[r][c]);
         }
-        __syncthreads();  // all are done with this chunk
+        if (channels > BLOCK_E) {
+            q_next.put(q_chunks[now ^ 1]);  // was last read before the last barrier
+            k_next.put(k_chunks[now ^ 1]);
+            __syncthreads();  // the next chunk is there, and all are done with this one
+        }
     }
 
-    scalar_t *out = matrix(p.out, p.batch_shape, b) + i0 * p.out.row_stride + j0;
-    store_scores<SIDE, SIDE>(distance, out, p.out.row_stride, row, column, q_count, k_count, p);
+    store_scores<DOWN, ACROSS>(distance, out, p.out.row_stride, row, column, q_count, k_count, whole, p);
 }

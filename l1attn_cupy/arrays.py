@@ -1,7 +1,11 @@
-"""Which library an array belongs to, borrowing it without a copy by DLPack, and making results of the same kind."""
+"""Which library an array belongs to, borrowing its memory without a copy, and making results of the same kind.
+
+NumPy and CuPy arrays and torch tensors lend their address; arrays of any other library come in, and go out, by DLPack.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from typing import Any
@@ -33,11 +37,16 @@ def describe(array: Any) -> ArraySpec:
         layout = "masked" if isinstance(array, np.ma.MaskedArray) else "strided"
         return ArraySpec("numpy", array.shape, strides, array.dtype.name, "cpu", layout)
     if array.is_nested:  # has no shape
-        return ArraySpec("torch", (), (), str(array.dtype).removeprefix("torch."), str(array.device), "nested")
-    layout = str(array.layout).removeprefix("torch.")
-    strides = tuple(array.stride()) if layout == "strided" else ()
-    dtype = str(array.dtype).removeprefix("torch.")
-    return ArraySpec("torch", tuple(array.shape), strides, dtype, str(array.device), layout)
+        return ArraySpec("torch", (), (), _name(array.dtype), _name(array.device), "nested")
+    layout = _name(array.layout)
+    strides = array.stride() if layout == "strided" else ()
+    return ArraySpec("torch", tuple(array.shape), strides, _name(array.dtype), _name(array.device), layout)
+
+
+@functools.lru_cache(maxsize=256)
+def _name(attribute: Any) -> str:
+    """Name of a torch dtype, layout or device."""
+    return str(attribute).removeprefix("torch.")
 
 
 def accept(name: str, array: Any) -> Any:
@@ -91,29 +100,19 @@ def give_back(result: Any, like: Any) -> Any:
     return library.from_dlpack(result) if hasattr(library, "from_dlpack") else result
 
 
-def borrow(array: Any) -> np.ndarray:
-    """The memory of a CPU array as a NumPy array, through DLPack for torch; bfloat16 as int16. Only to be read."""
+def address(array: Any) -> int:
+    """Address of the first element: what a DLPack capsule would carry, without making one for each call.
+
+    A tensor with the negative bit holds numbers of the wrong sign; callers resolve that first.
+    """
     if isinstance(array, np.ndarray):
-        return array
-    torch = sys.modules["torch"]
-    tensor = array.detach().resolve_neg()  # a tensor with the negative bit would be exported with the wrong sign
-    return np.from_dlpack(tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor)
-
-
-def borrow_cuda(array: Any) -> Any:
-    """The memory of a CUDA array as a CuPy array, through DLPack for torch; bfloat16 as int16."""
-    if is_cupy(array):
-        return array
-    torch, cupy = sys.modules["torch"], sys.modules["cupy"]
-    tensor = array.detach().resolve_neg()
-    return cupy.from_dlpack(tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor)
+        return array.__array_interface__["data"][0]
+    return array.data_ptr() if is_torch(array) else array.data.ptr
 
 
 def empty(shape: Shape, like: Any) -> Any:
     """A new array of the library, dtype and device of ``like``."""
-    if is_torch(like):
-        return sys.modules["torch"].empty(shape, dtype=like.dtype, device=like.device)
-    return _namespace(like).empty(shape, like.dtype)
+    return like.new_empty(shape) if is_torch(like) else _namespace(like).empty(shape, like.dtype)
 
 
 def zeros(shape: Shape, like: Any) -> Any:
@@ -137,9 +136,9 @@ def assign(target: Any, source: Any) -> None:
     target[...] = source if is_torch(target) else source.astype(target.dtype)
 
 
-def with_contiguous_rows(array: Any) -> Any:
-    """``array``, or a copy of it if its last stride is not 1."""
-    spec = describe(array)
+def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
+    """``array``, or a copy of it if its last stride is not 1; ``spec`` is its description, if at hand."""
+    spec = spec or describe(array)
     if spec.strides[-1] == 1 or spec.shape[-1] <= 1:
         return array
     return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)

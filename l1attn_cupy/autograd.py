@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import arrays, plan, run
 from .functions import CURVED
@@ -26,7 +27,7 @@ _library.define(
 
 
 def _plan(query: torch.Tensor, key: torch.Tensor, options: tuple) -> Plan:
-    return plan.scores(arrays.describe(query), arrays.describe(key), *options)
+    return plan.cached_scores(arrays.describe(query), arrays.describe(key), *options)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
@@ -89,16 +90,47 @@ class _Scores(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         if grad is None:
             return None, None, None
         query, key, scores = ctx.saved_tensors
         need_query, need_key = ctx.needs_input_grad[:2]
-        dquery, dkey = torch.ops.l1attn.scores_backward(
-            grad, query, key, scores, need_query, need_key, *ctx.options
-        )
+        with torch.no_grad():
+            dquery, dkey = torch.ops.l1attn.scores_backward(
+                grad, query, key, scores, need_query, need_key, *ctx.options
+            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dquery, dkey = (_NotDifferentiable.apply(array, grad, query, key) for array in (dquery, dkey))
         return dquery if need_query else None, dkey if need_key else None, None
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Passes a gradient on, and raises when it is itself differentiated.
+
+    Torch's ``once_differentiable`` does so only if the incoming gradient requires a gradient. In a gradient penalty it
+    does not, and the term that goes through query and key would be missing without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "the gradient of l1_scores cannot be differentiated: its double backward is not built yet"
+        )
+
+
+def _dispatches(array: Any) -> bool:
+    """Whether the operators take ``array``, so that they will do the rest of the checks."""
+    return (
+        isinstance(array, torch.Tensor)
+        and array.layout is torch.strided
+        and not array.is_nested
+        and not array.is_quantized
+        and array.device.type in ("cpu", "cuda")
+    )
 
 
 def _spec(name: str, array: Any) -> plan.ArraySpec:
@@ -110,9 +142,15 @@ def l1_scores(
     query: Any, key: Any, score: str, scale: float, eps: float, backend: str | None, variant: str | None
 ) -> torch.Tensor:
     """`l1attn_cupy.l1_scores` for torch tensors."""
+    options = (score, scale, eps, backend, variant)
     if not torch.compiler.is_compiling():
-        plan.scores(_spec("query", query), _spec("key", key), score, scale, eps, backend, variant)
-    return _Scores.apply(query, key, (score, float(scale), float(eps), backend, variant))
+        options = plan.option_types(*options)
+        if not (_dispatches(query) and _dispatches(key)):
+            plan.scores(_spec("query", query), _spec("key", key), *options)
+    tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if tracked or forward_ad._current_level >= 0:  # the Function refuses tangents, the operator would drop them
+        return _Scores.apply(query, key, options)
+    return torch.ops.l1attn.scores(query, key, *options)
 
 
 def l1_scores_backward(
@@ -127,13 +165,12 @@ def l1_scores_backward(
     variant: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`l1attn_cupy.l1_scores_backward` for torch tensors; not itself differentiable."""
+    options = (score, scale, eps, backend, variant)
     if not torch.compiler.is_compiling():
-        call = plan.scores(
-            _spec("query", query), _spec("key", key), score, scale, eps, backend, variant
-        )
-        saved = None if scores is None else _spec("scores", scores)
-        plan.scores_backward(call, _spec("grad_scores", grad), saved)
+        options = plan.option_types(*options)
+        if not all(map(_dispatches, (grad, query, key) if scores is None else (grad, query, key, scores))):
+            call = plan.scores(_spec("query", query), _spec("key", key), *options)
+            saved = None if scores is None else _spec("scores", scores)
+            plan.scores_backward(call, _spec("grad_scores", grad), saved)
     with torch.no_grad():
-        return torch.ops.l1attn.scores_backward(
-            grad, query, key, scores, True, True, score, float(scale), float(eps), backend, variant
-        )
+        return torch.ops.l1attn.scores_backward(grad, query, key, scores, True, True, *options)

@@ -1,6 +1,7 @@
 """Every check and every error message; the result is a frozen `Plan` that backends follow without a second look.
 
 Nothing here touches array data or imports an array library: arrays come as `ArraySpec`, read off by `arrays.describe`.
+Plans are named tuples, cheap to make and to hash, since every call looks its plan up in a cache.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 from .functions import SCORES
 
@@ -20,8 +21,7 @@ BACKENDS = ("cpu", "cuda", "emulator")
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class ArraySpec:
+class ArraySpec(NamedTuple):
     """What a plan needs to know of an array: strides in elements, ``layout`` "strided" unless sparse or the like."""
 
     framework: str
@@ -32,8 +32,7 @@ class ArraySpec:
     layout: str = "strided"
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The keyword options of `l1_scores`, checked."""
 
     score: str
@@ -43,8 +42,7 @@ class Options:
     variant: str | None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A checked call: ``query (*batch, L, E)`` against ``key (*batch, S, E)``, batch dimensions broadcast."""
 
     query: ArraySpec
@@ -73,16 +71,24 @@ def scores(
     query: ArraySpec, key: ArraySpec, score: str, scale: float, eps: float, backend: str | None, variant: str | None
 ) -> Plan:
     """Check a call of `l1_scores`; the errors are the ones its docstring lists."""
-    for name, text in {"score": score, "backend": backend, "variant": variant}.items():
-        if text is not None and not isinstance(text, str):
+    return cached_scores(query, key, *option_types(score, scale, eps, backend, variant))
+
+
+def option_types(
+    score: str, scale: float, eps: float, backend: str | None, variant: str | None
+) -> tuple[str, float, float, str | None, str | None]:
+    """Check the types of the options, and that the numbers are positive; their values are checked with the arrays."""
+    for name, text in (("score", score), ("backend", backend), ("variant", variant)):
+        if not (isinstance(text, str) or (text is None and name != "score")):
             raise TypeError(f"{name} must be a string{'' if name == 'score' else ' or None'}, got {text!r}")
-    return _scores(query, key, score, _positive("scale", scale), _positive("eps", eps), backend, variant)
+    return score, _positive("scale", scale), _positive("eps", eps), backend, variant
 
 
 @functools.lru_cache(maxsize=1024)
-def _scores(
+def cached_scores(
     query: ArraySpec, key: ArraySpec, score: str, scale: float, eps: float, backend: str | None, variant: str | None
 ) -> Plan:
+    """`scores` for options that have passed `option_types`."""
     check_array("query", query)
     check_array("key", key)
     _check_same("framework", "come from the same library as query", query, key)
@@ -137,6 +143,8 @@ def check_options(
 
 
 def _positive(name: str, value: float) -> float:
+    if type(value) is float and 0 < value < math.inf:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a positive finite number, got {type(value).__name__} {value!r}")
     try:
@@ -183,6 +191,12 @@ def _broadcast(query: Shape, key: Shape) -> Shape:
                 f"key must have batch dimensions that broadcast with {a} to match query {query}, got {key}"
             )
     return tuple(y if x == 1 else x for x, y in pairs)
+
+
+def contiguous(like: ArraySpec, shape: Shape) -> ArraySpec:
+    """A C-contiguous array of ``shape``, otherwise like ``like``."""
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return like._replace(shape=shape, strides=strides)
 
 
 def batch_strides(spec: ArraySpec, batch: Shape) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from .functions import CURVED
 from .plan import Plan
 
 
+@functools.lru_cache(maxsize=8)
 def _backend(name: str) -> ModuleType:
     return importlib.import_module(f".{name}.backend", __package__)
 

@@ -153,9 +153,7 @@ class Expected:
         size = exact.abs().clamp(min=torch.finfo(self.dtype).tiny)
         if self.dtype == torch.float64:
             return exact, size, self._score_bound64()
-        errors = [
-            _relative(order.undo_scores(self._naive_scores(order)), exact, size) for order in self._orders
-        ]
+        errors = [_relative(order.undo_scores(self._naive_scores(order)), exact, size) for order in self._orders]
         return exact, size, _bound(errors, self.dtype)
 
     @functools.cached_property
@@ -235,9 +233,7 @@ def _raise_unless(name: str, agreement: Agreement) -> None:
 
 def _expect(name: str, result: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(result.shape) != tuple(shape) or result.dtype != dtype:
-        raise AssertionError(
-            f"{name} must be {tuple(shape)} of {dtype}, got {tuple(result.shape)} of {result.dtype}"
-        )
+        raise AssertionError(f"{name} must be {tuple(shape)} of {dtype}, got {tuple(result.shape)} of {result.dtype}")
 
 
 def _same_special(result: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@
     python scripts/bench.py                                everything on the CPU, about six minutes
     python scripts/bench.py --quick                        about one
     python scripts/bench.py --only forward --shapes main   one figure
+    python scripts/bench.py --huge-pages                   without most page faults of new results
     python scripts/bench.py --device cuda --json gpu.json  on a GPU
 
 One term is one |q - k| added to one sum. A forward has B*L*S*E terms; a backward has as many for dquery and
@@ -38,13 +39,9 @@ def arguments() -> argparse.Namespace:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer shapes, peers and rounds, no start-up times"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, peers and rounds, no start-up times")
     parser.add_argument("--shapes", help="main, long, wide, grid or BxLxSxE, comma-separated")
-    parser.add_argument(
-        "--dtype", help="comma-separated; default float32, and a second one at the main shape"
-    )
+    parser.add_argument("--dtype", help="comma-separated; default float32, and a second one at the main shape")
     parser.add_argument("--repeats", type=int, help="most rounds of one peer (default 9, on a GPU 25)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     parser.add_argument("--only", help=f"comma-separated of {', '.join(PARTS)} (default all)")

@@ -37,9 +37,7 @@ backend   score      dtype     inputs     scores error    bound    gradients err
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--backend", action="append", metavar="NAME", help="check this one; may be repeated (default: all)"
     )

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -95,6 +96,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     return report
 
 
+def _kernels_executed() -> int:
+    """Kernels that the emulator has run in this process."""
+    engine = sys.modules.get("l1attn_cupy.emulator.engine")
+    return engine.kernels_executed() if engine else 0
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     skips = Counter(reason for _, reason in config.stash[skips_key])
     terminalreporter.section(f"skipped: {skips.total()}")
@@ -102,3 +109,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{count:5d}  {reason}")
     if config.stash[gpu_left_out_key]:
         terminalreporter.write_line(f"{config.stash[gpu_left_out_key]} gpu tests not run: {why_no_gpu()}")
+    terminalreporter.section(f"kernels executed by the emulator: {_kernels_executed()}")

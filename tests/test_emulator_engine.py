@@ -67,6 +67,11 @@ def vectors(n=1000):
     return {name: rng.standard_normal(n, dtype=np.float32) for name in "ab"}, {"out": np.zeros(n, np.float32)}
 
 
+def says(message, pattern):
+    """Whether a regular expression, in which ``[...]`` stands for itself, is found."""
+    return re.search(pattern.replace("[...]", r"\[\.\.\.\]"), message)
+
+
 def failure(kernel, *args, **kwargs):
     """The message that a launch must end with."""
     with pytest.raises(EmulatorError) as caught:
@@ -226,7 +231,16 @@ def test_numbers(check):
     assert (out[11] != 0) == fused
     assert out[12] == 0
     assert integers.tolist() == [
-        1 + 255 + 1 + 2, 0x01FF0102, 8 + 31 + 4, 0x80000000, 0x07050301, 3, 2**31 - 1, 0x3F800000, 15, 16 + 16 + 12 + 16 + 4,
+        1 + 255 + 1 + 2,
+        0x01FF0102,
+        8 + 31 + 4,
+        0x80000000,
+        0x07050301,
+        3,
+        2**31 - 1,
+        0x3F800000,
+        15,
+        16 + 16 + 12 + 16 + 4,
     ]
 
 
@@ -262,7 +276,8 @@ def test_missing_barrier_is_found(barrier):
             running_sum(source, check=True, seed=seed)
         message = str(caught.value)
         assert "shared tile[...], byte offset " in message
-        race = re.search(r"race: (read|write) of .*running_sum\.cu:\d+; no barrier is between\n.*running_sum\.cu:\d+", message)
+        place = r"running_sum\.cu:\d+"
+        race = says(message, rf"race: (read|write) of .*{place}; no barrier is between\n.*{place}")
         assert race or (barrier == 0 and "uninitialised" in message), message
 
 
@@ -303,7 +318,7 @@ def test_divergent_shuffle():
 
 def test_shuffle_mask_without_caller():
     message = failure(build("divergence.cu", MODE=3), 1, 32, {}, {"out": np.zeros(32, np.int32)})
-    assert re.search(r"divergence\.cu:21: __shfl_sync with mask 0x0000ffff, .* lane (1[6-9]|2\d|3[01])\n", message)
+    assert says(message, r"divergence\.cu:21: __shfl_sync with mask 0x0000ffff, .* lane (1[6-9]|2\d|3[01])\n")
 
 
 def test_shuffle_does_not_wait_for_ended_lanes():
@@ -329,7 +344,7 @@ def test_out_of_bounds_read(shift):
 def test_out_of_bounds_write():
     inputs, outputs = vectors()
     message = failure(build("vector.cu", "add"), 8, 128, inputs, outputs, (1000, 0, 8))
-    assert re.search(r"out-of-bounds write of 4 bytes: out\[\.\.\.\], byte offset 40(00|04|08|12|16|20|24|28) of 4000", message)
+    assert says(message, r"out-of-bounds write of 4 bytes: out[...], byte offset 40(0|1|2)\d of 4000")
     assert "of block 7" in message
     assert place("vector.cu", "args.out[i + args.write_shift] = x") in message
 
@@ -341,8 +356,25 @@ def test_write_to_read_only():
     assert "write of 4 bytes to read-only memory: out[...], byte offset 0 of 4000\n  at thread 0 of block 0" in message
 
 
+def test_regions_may_overlap():
+    """Columns of one buffer, some given and some written: the bytes from first to last overlap."""
+    inputs, outputs = vectors()
+    memory = [Region(a.ctypes.data, a.nbytes, False, n) for n, a in {**inputs, **outputs}.items()]
+    memory.append(Region(outputs["out"].ctypes.data + 4, 3996, True, "part"))
+    arrays = [*inputs.values(), *outputs.values()]
+    kernel = build("vector.cu", "add")
+    args = struct.pack("@3Q3i0Q", *(a.ctypes.data for a in arrays), 999, 0, 1)
+    kernel.launch(8, 128, args, memory=memory)
+    np.testing.assert_array_equal(outputs["out"][1:], (inputs["a"] + inputs["b"])[:-1])
+    args = struct.pack("@3Q3i0Q", *(a.ctypes.data for a in arrays), 1000, 0, 0)
+    with pytest.raises(EmulatorError, match="read-only memory: out.*byte offset 0 of 4000"):
+        kernel.launch(8, 128, args, memory=memory)
+
+
 @pytest.mark.parametrize("shifts", [(1, 0), (0, 2)])
 def test_misaligned_vector(shifts):
+    if toolchain.find_compiler().is_clang:
+        pytest.skip("Clang checks the 8-byte halves that it copies a float4 in, g++ all 16 bytes")
     inputs, outputs = vectors()
     message = failure(build("vector.cu", "add4"), 1, 1, inputs, outputs, (1000, *shifts))
     if shifts[0]:
@@ -353,25 +385,29 @@ def test_misaligned_vector(shifts):
 
 
 @pytest.mark.parametrize(
-    ("mode", "what", "lines"),
+    ("mode", "what", "line"),
     [
-        (0, r"uninitialised shared memory: shared tile\[\.\.\.\], byte offset 28 of 256\n  at thread 56", ["tile[63 - t];"]),
-        (1, r"uninitialised shared memory: shared scalar", ["if (t == 0) result = scalar;"]),
-        (2, r"index 64 is outside the array of type 'float \[64\]'\n  at thread 63 ", ["tile[t + 1] = t"]),
-        (3, r"out-of-bounds write of 4 bytes: ", ["p[4096] = t"]),
-        (4, r"misaligned read of 16 bytes: shared tile\[\.\.\.\], byte offset \d+ of 256", ["->x;"]),
-        (5, r"race: .* shared scalar.*; no barrier|uninitialised.* shared scalar", []),
-        (6, r"race: write of shared scalar.*wrote", []),
-        (8, r"race: .* shared tile.*; no barrier|uninitialised.* shared tile", []),
-        (10, r"race: .* shared scalar.*; no barrier", ["atomicAdd(&scalar, 1.0f);\n  result"]),
+        (0, r"uninitialised .* shared tile[...], byte offset 28 of 256\n  at thread 56", "tile[63 - t];"),
+        (1, r"uninitialised .* shared scalar", "if (t == 0) result = scalar;"),
+        (2, r"index 64 is outside the array of type 'float ?\[64\]'\n  at thread 63 ", "tile[t + 1] = t"),
+        (3, r"out-of-bounds write of 4 bytes: ", "p[4096] = t"),
+        (4, r"misaligned read of (16|8) bytes: shared tile[...], byte offset \d+ of 256", "->x;"),
+        (5, r"race: .* shared scalar.*; no barrier|uninitialised.* shared scalar", "result = scalar;"),
+        (6, r"race: write of shared scalar.*wrote", "scalar = 1.0f;"),
+        (8, r"race: .* shared tile.*; no barrier|uninitialised.* shared tile", ""),
+        (10, r"race: .* shared scalar.*; no barrier", ""),
     ],
 )
-def test_shared_memory_fault(mode, what, lines):
+def test_shared_memory_fault(mode, what, line):
     message = failure(build("shared_faults.cu", MODE=mode), 1, 64, {}, {"out": np.zeros(64, np.float32)})
-    assert re.search(what, message), message
-    for code in lines:
-        if "\n" not in code:
-            assert place("shared_faults.cu", code) in message
+    assert says(message, what), message
+    branch = text_of("shared_faults.cu").partition(f"MODE == {mode} ")[2].partition("#e")[0]
+    assert line in branch
+    if line:
+        number = (
+            text_of("shared_faults.cu").partition(branch)[0].count("\n") + branch.partition(line)[0].count("\n") + 1
+        )
+        assert f"shared_faults.cu:{number}" in message
 
 
 @pytest.mark.parametrize("mode", [7, 9, 11, 12])
@@ -385,7 +421,7 @@ def test_race_names_both_parties():
         message = failure(build("shared_faults.cu", MODE=5), 1, 2, {}, {"out": np.zeros(64, np.float32)}, seed=seed)
         if "race" in message:
             break
-    assert re.search(r"race: read of shared scalar.*, which thread 0 of block 0 wrote at shared_faults\.cu:25", message)
+    assert says(message, r"race: read of shared scalar.*, which thread 0 of block 0 wrote at shared_faults\.cu:25")
     assert message.endswith("at thread 1 of block 0, shared_faults.cu:26")
 
 
@@ -393,7 +429,7 @@ def test_dynamic_shared_too_small():
     x = np.arange(200, dtype=np.float32)
     kernel = build("dynamic_shared.cu")
     message = failure(kernel, 4, 50, {"x": x}, {"out": np.zeros_like(x)}, shared_bytes=196)
-    assert re.search(r"out-of-bounds write of 4 bytes: shared (again|bytes)\[\.\.\.\], byte offset 196", message)
+    assert says(message, r"out-of-bounds write of 4 bytes: shared (again|bytes)[...], byte offset 196")
 
 
 def test_async_copy_without_wait():
@@ -410,20 +446,42 @@ def test_async_copy_without_wait():
     [
         (0, r"undefined\.cu:13: integer overflow in an addition in type 'int'\n  at thread ([1-9]|\d\d) of block 0"),
         (1, r"undefined\.cu:15: division by zero.*\n  at thread 3 "),
-        (2, r"undefined\.cu:17: index \d+ is outside the array of type 'int \[4\]'"),
+        (2, r"undefined\.cu:17: index \d+ is outside the array of type 'int ?\[4\]'"),
         (3, r"undefined\.cu:19: the assumption is false: t < 4"),
         (4, r"undefined\.cu:22: __trap\(\)\n  at thread 5 "),
         (5, r"undefined\.cu:24: assertion failed: args\.zero == 1\n  at thread 5 "),
         (6, r"out of local memory.*\n  at thread "),
         (7, r"out-of-bounds write of 4 bytes: address 0x10, in no memory"),
-        (8, r"race: write of out\[\.\.\.\], byte offset 0 of 256, which thread \d+ of block \d wrote"),
-        (9, r"race: write of out\[\.\.\.\], byte offset 0 of 256, which thread 0 of block 0 wrote; nothing orders blocks"),
+        (11, r"out-of-bounds read of 32 bytes: out[...], byte offset 240 of 256\n.*undefined.cu:4"),
+        (12, r"out-of-bounds write of 20 bytes: out[...], byte offset 240 of 256\n.*undefined.cu:4"),
+        (14, r"out-of-bounds write of \d+ bytes: out[...], byte offset 2[45]\d of 256\n  at thread 0"),
+        (15, r"misaligned write of 4 bytes: out[...], byte offset 2 of 256\n  at thread 0"),
+        (8, r"race: write of out[...], byte offset 0 of 256, which thread \d+ of block \d wrote"),
+        (9, r"race: write of out[...], byte offset 0 .* thread 0 of block 0 wrote; nothing orders blocks"),
     ],
 )
 def test_undefined(mode, what):
     kernel = build("undefined.cu", MODE=mode)
     message = failure(kernel, 3, 32, {}, {"out": np.zeros(64, np.int32)}, (2**31 - 1, 0), workers=1)
-    assert re.search(what, message), message
+    assert says(message, what), message
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_uninitialised_local_is_not_zero(check):
+    """Fresh memory is zero, and a sum that starts there by chance would be right."""
+    out = np.zeros(64, np.int32)
+    compiler = toolchain.find_compiler()
+    if not compiler.is_clang and compiler.major < 12:
+        pytest.skip(f"{compiler.version} cannot fill local variables with a pattern")
+    run(build("undefined.cu", check=check, MODE=13), 1, 32, {}, {"out": out}, (2**31 - 1, 0))
+    assert (out[:32] != 3).all()
+
+
+def test_uninitialised_shared_is_nan():
+    """What an unchecked kernel sees where a checked one stops."""
+    out = np.zeros(64, np.float32)
+    run(build("shared_faults.cu", check=False, MODE=0), 1, 64, {}, {"out": out})
+    assert np.flatnonzero(np.isnan(out)).tolist() == [56]
 
 
 def test_unsigned_arithmetic_wraps():
@@ -438,7 +496,7 @@ def test_unsigned_arithmetic_wraps():
 def test_unchecked_fault_does_not_end_the_process(mode, what):
     kernel = build("undefined.cu", check=False, MODE=mode)
     message = failure(kernel, 1, 32, {}, {"out": np.zeros(64, np.int32)}, (2**31 - 1, 0))
-    assert re.search(what, message), message
+    assert says(message, what), message
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -509,14 +567,12 @@ def test_concurrent_launches():
     assert not problems
 
 
-def test_report_names_lowest_block():
-    """However many OS threads run blocks, the error reported is that of the lowest failing block."""
-    inputs, outputs = vectors(128 * 40)
-    kernel = build("vector.cu", "add")
-    inputs["a"] = inputs["a"][: 128 * 17 + 5].copy()
-    messages = {failure(kernel, 40, 128, inputs, outputs, (128 * 40, 0, 0), workers=w) for w in (1, 2, 3, 8, 8)}
-    assert len(messages) == 1
-    assert "of block 17" in messages.pop()
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_report_names_lowest_block(workers):
+    """Whichever block fails first, the error reported is that of the lowest one."""
+    kernel = build("undefined.cu", check=True, MODE=16)
+    message = failure(kernel, 3, 1, {}, {"out": np.zeros(64, np.int32)}, (1, 0), workers=workers)
+    assert "out[...], byte offset 256 of 256\n  at thread 0 of block 0" in message
 
 
 # ---- launching and compiling -----------------------------------------------------------------------------------
@@ -546,17 +602,13 @@ def test_compile_error_shows_line_and_options():
 
 
 def test_too_much_static_shared_memory():
-    source = "struct A { int* p; };\n" + text_of("order.cu").partition("extern")[0] + (
-        'extern "C" __global__ void big(const A a) { __shared__ int x[12289]; x[threadIdx.x] = a.p[0]; }'
-    )
     with pytest.raises(EmulatorCompileError, match="has 49156 bytes of static shared memory, CUDA allows 49152"):
-        compile_kernel(source, name="big", defines={}, entry="big")
+        build("too_much_shared.cu")
 
 
 def test_entry_of_another_form():
-    source = 'extern "C" __global__ void two(int a, int b) {}'
     with pytest.raises(EmulatorCompileError, match="the entry must be"):
-        compile_kernel(source, name="two", defines={}, entry="two")
+        build("two_arguments.cu")
 
 
 def test_no_compiler(monkeypatch):
@@ -570,8 +622,8 @@ def test_no_compiler(monkeypatch):
 
 
 def test_no_cuda_headers(monkeypatch):
-    monkeypatch.setattr(toolchain, "cuda_include_dirs", lambda: [])
-    with pytest.raises(EmulatorCompileError, match=r"'packed' includes cuda_fp16\.h, .* pip install nvidia-cuda-runtime-cu12"):
+    monkeypatch.setattr(toolchain, "cuda_include_dirs", list)
+    with pytest.raises(EmulatorCompileError, match=r"'packed' includes cuda_fp16\.h, .* pip install nvidia-cuda-"):
         build("packed.cu", USE_BF16=0)
     inputs, outputs = vectors()
     run(build("vector.cu", "add"), 8, 128, inputs, outputs, (1000, 0, 0))

@@ -18,7 +18,8 @@ from cases import (
 )
 
 import l1attn_cupy as l1
-from l1attn_cupy import arrays, reference, testing
+from l1attn_cupy import reference, testing
+from l1attn_cupy.cpu import threads
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -52,7 +53,9 @@ def test_scores_identical_rows(dtype):
         assert torch.equal(result, torch.full_like(result, f_of_0[score])), score
 
 
-@pytest.mark.parametrize("shapes", [((0, 5, 3), (0, 7, 3)), ((0, 3), (7, 3)), ((5, 3), (0, 3)), ((2, 0, 1, 5, 3), (7, 3))])
+@pytest.mark.parametrize(
+    "shapes", [((0, 5, 3), (0, 7, 3)), ((0, 3), (7, 3)), ((5, 3), (0, 3)), ((2, 0, 1, 5, 3), (7, 3))]
+)
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_scores_empty(shapes, library):
     """No batch, no query or no key: an empty result of the right shape."""
@@ -64,7 +67,9 @@ def test_scores_empty(shapes, library):
     assert 0 in result.shape
 
 
-@pytest.mark.parametrize("score, f_of_0", [("inverse", 50.0), ("negative", -0.0), ("laplacian", 1.0), ("distance", 0.0)])
+@pytest.mark.parametrize(
+    "score, f_of_0", [("inverse", 50.0), ("negative", -0.0), ("laplacian", 1.0), ("distance", 0.0)]
+)
 def test_scores_without_channels(score, f_of_0):
     """E = 0: every distance is an empty sum, 0."""
     query, key = np.empty((2, 33, 0)), np.empty((2, 65, 0))
@@ -124,19 +129,33 @@ def test_scores_torch_layouts(layout, dtype):
     assert_identical(l1.l1_scores(*changed), expected)
 
 
+@pytest.fixture
+def addresses(monkeypatch):
+    """Where the query and the key lie that each kernel is given."""
+    seen = []
+    launch = threads.launch
+
+    def spy(kernel, workers, query, key, *arguments):
+        seen.extend([query.data, key.data])
+        launch(kernel, workers, query, key, *arguments)
+
+    monkeypatch.setattr(threads, "launch", spy)
+    return seen
+
+
 @pytest.mark.parametrize("layout", sorted(NUMPY_LAYOUTS.keys() - {"byte-swapped", "unaligned", "field of records"}))
-def test_scores_borrow_without_a_copy(layout):
+def test_scores_numpy_without_a_copy(layout, addresses):
     """Only numbers that no kernel can read in place are copied: byte-swapped, unaligned, or in records."""
-    array = NUMPY_LAYOUTS[layout](np.ones((3, 33, 17), np.float32))
-    assert arrays.borrow(arrays.accept("query", array)) is array
+    query, key = (NUMPY_LAYOUTS[layout](np.ones((3, n, 17), np.float32)) for n in (33, 31))
+    l1.l1_scores(query, key)
+    assert addresses == [array.__array_interface__["data"][0] for array in (query, key)]
 
 
 @pytest.mark.parametrize("layout", sorted(TORCH_LAYOUTS.keys() - {"negative bit"}))
-def test_scores_borrow_tensors_without_a_copy(layout):
-    tensor = TORCH_LAYOUTS[layout](torch.ones(3, 33, 17, dtype=torch.bfloat16))
-    lent = arrays.borrow(tensor)
-    assert arrays.address(lent) == tensor.data_ptr()
-    assert lent.strides == tuple(stride * 2 for stride in tensor.stride())
+def test_scores_torch_without_a_copy(layout, addresses):
+    query, key = (TORCH_LAYOUTS[layout](torch.ones(3, n, 17, dtype=torch.bfloat16)) for n in (33, 31))
+    l1.l1_scores(query, key)
+    assert addresses == [query.data_ptr(), key.data_ptr()]
 
 
 @pytest.mark.parametrize("shapes", BROADCAST, ids=str)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import arrays
 from ..functions import SCORES
-from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse
-from . import threads
+from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
+from . import pages, threads
 from .elements import DTYPE_CODES
 from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
 from .vector import panel_width, vector_step
@@ -30,74 +31,91 @@ _STREAM_BYTES = 1 << 22
 
 
 def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
-    """Write the scores of ``query`` and ``key`` to ``out``."""
-    place = _lay_out([plan.query, plan.key, arrays.describe(out)], [query, key, out], plan.batch)
-    sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
-    workers = threads.count(query, terms=math.prod(sizes))
-    blocks = _forward_blocks(plan, sizes, workers)
-    kernel = forward if workers > 1 else forward_serial
-    stream = _streams(plan.query.dtype, place, math.prod(plan.out_shape))
-    threads.launch(kernel, workers, *place.matrices, *_common(plan, place, sizes, blocks), stream)
+    """Write the scores of ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
+    workers = threads.count(query, terms=math.prod(plan.out_shape) * max(plan.channels, 1))
+    call = _forward_call(plan, workers)
+    address = arrays.address(out)
+    pages.advise(address, math.prod(plan.out_shape) * ITEMSIZE[plan.query.dtype])
+    stream = call.streams and address % call.alignment == 0
+    call.launch(arrays.address(query), arrays.address(key), address, more=(stream,))
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
     """Write the gradients that are not None; ``saved`` is the forward result or None."""
+    specs = arrays.describe(grad), None if saved is None else arrays.describe(saved)
+    workers = threads.count(query, terms=math.prod(plan.out_shape) * plan.channels)
+    ours = arrays.address(query), arrays.address(key)
+    given = arrays.address(grad), 0 if saved is None else arrays.address(saved)
     if dquery is not None:
-        _gradient(plan, plan.query, query, plan.key, key, grad, saved, dquery, transposed=False)
+        _gradient_call(plan, *specs, workers, of_key=False).launch(*ours, *given, arrays.address(dquery))
     if dkey is not None:
-        _gradient(plan, plan.key, key, plan.query, query, grad, saved, dkey, transposed=True)
+        _gradient_call(plan, *specs, workers, of_key=True).launch(*ours[::-1], *given, arrays.address(dkey))
 
 
-def _gradient(
-    plan: Plan, x: ArraySpec, x_data: Any, y: ArraySpec, y_data: Any, grad: Any, saved: Any, dx: Any, transposed: bool
-) -> None:
-    """One gradient: x is the array to differentiate by; grad and scores are ``transposed`` where x is the key."""
+class _Call(NamedTuple):
+    """A kernel and its arguments, all but the addresses."""
+
+    kernel: Callable[..., None]
+    workers: int
+    matrices: tuple[Matrix, ...]
+    arguments: tuple
+    streams: bool = False
+    alignment: int = 1
+
+    def launch(self, *addresses: int, more: tuple = ()) -> None:
+        matrices = [
+            Matrix(address, row, column, batch)
+            for address, (_, row, column, batch) in zip(addresses, self.matrices, strict=True)
+        ]
+        threads.launch(self.kernel, self.workers, *matrices, *self.arguments, *more)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_call(plan: Plan, workers: int) -> _Call:
+    out = contiguous(plan.query, plan.out_shape)
+    batch, matrices = _lay_out([plan.query, plan.key, out], plan.batch, range(len(plan.batch)))
+    sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
+    arguments = _common(plan, batch, sizes, _forward_blocks(plan, sizes, workers))
+    itemsize = ITEMSIZE[plan.query.dtype]
+    step = vector_step(itemsize)
+    whole = all(stride % step == 0 for stride in out.strides[:-1])  # every row starts at a whole vector
+    streams = whole and math.prod(plan.out_shape) * itemsize >= _STREAM_BYTES
+    kernel = forward if workers > 1 else forward_serial
+    return _Call(kernel, workers, matrices, arguments, streams, step * itemsize)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gradient_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers: int, of_key: bool) -> _Call:
+    """The gradient of x, the array to differentiate by; for that of the key, grad and scores are transposed."""
+    x, y = (plan.key, plan.query) if of_key else (plan.query, plan.key)
     shared = broadcast_dims(x, plan.batch)
     order = sorted(range(len(shared)), key=lambda dim: shared[dim])  # dimensions to sum over come last
-    specs = [x, y, arrays.describe(grad), arrays.describe(grad if saved is None else saved), arrays.describe(dx)]
-    data = [x_data, y_data, grad, grad if saved is None else saved, dx]
-    place = _lay_out(specs, data, plan.batch, order)
-    for i in (2, 3):
-        if transposed:
-            place.matrices[i] = place.matrices[i]._replace(row=specs[i].strides[-1], column=specs[i].strides[-2])
-    if saved is None:
-        place.matrices[3] = place.matrices[3]._replace(data=0)
+    specs = [x, y, grad, saved or grad, contiguous(x, x.shape)]
+    batch, matrices = _lay_out(specs, plan.batch, order, transposed=(2, 3) if of_key else ())
     summed = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
     kept = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if not sum_over)
     sizes = (kept, summed, x.shape[-2], y.shape[-2], plan.channels)
-    workers = threads.count(x_data, terms=math.prod(sizes))
-    blocks = _backward_blocks(plan, sizes, workers, x_is_row=place.matrices[2].column <= place.matrices[2].row)
-    kernel = backward if workers > 1 else backward_serial
-    threads.launch(kernel, workers, *place.matrices, *_common(plan, place, sizes, blocks))
-
-
-class _Place(NamedTuple):
-    """Where arrays lie: table of batch shape and strides, one Matrix each, and what keeps the memory alive."""
-
-    batch: np.ndarray
-    matrices: list[Matrix]
-    owners: list[np.ndarray]
+    x_is_row = matrices[2].column <= matrices[2].row  # read grad along its rows
+    arguments = _common(plan, batch, sizes, _backward_blocks(plan, sizes, workers, x_is_row))
+    return _Call(backward if workers > 1 else backward_serial, workers, matrices, arguments)
 
 
 def _lay_out(
-    specs: Sequence[ArraySpec], data: Sequence[Any], batch: Shape, order: Sequence[int] | None = None
-) -> _Place:
-    order = range(len(batch)) if order is None else order
+    specs: Sequence[ArraySpec], batch: Shape, order: Sequence[int], transposed: Sequence[int] = ()
+) -> tuple[np.ndarray, tuple[Matrix, ...]]:
+    """The table of batch shape and strides, dimensions in ``order``, and a Matrix (address 0) for each array."""
     expanded = [batch_strides(spec, batch) for spec in specs]
     shape, strides = collapse(tuple(batch[d] for d in order), [tuple(s[d] for d in order) for s in expanded])
-    owners = [arrays.borrow(array) for array in data]
-    matrices = [
-        Matrix(owner.__array_interface__["data"][0], spec.strides[-2], spec.strides[-1], row)
-        for row, (spec, owner) in enumerate(zip(specs, owners, strict=True), start=1)
-    ]
-    return _Place(np.array([shape, *strides], np.int64), matrices, owners)
+    rows_columns = [spec.strides[-2:][:: -1 if i in transposed else 1] for i, spec in enumerate(specs)]
+    matrices = tuple(Matrix(0, row, column, number) for number, (row, column) in enumerate(rows_columns, start=1))
+    return np.array([shape, *strides], np.int64), matrices
 
 
-def _common(plan: Plan, place: _Place, sizes: Shape, blocks: tuple) -> tuple:
+def _common(plan: Plan, batch: np.ndarray, sizes: Shape, blocks: tuple) -> tuple:
     """The arguments that both kernels take after the matrices."""
     dtype, options = plan.query.dtype, plan.options
     scalars = np.array([options.scale, options.eps], np.float64 if dtype == "float64" else np.float32)
-    return DTYPE_CODES[dtype], ITEMSIZE[dtype], place.batch, sizes, blocks, SCORES[options.score], scalars
+    return DTYPE_CODES[dtype], ITEMSIZE[dtype], batch, sizes, blocks, SCORES[options.score], scalars
 
 
 def _panel(plan: Plan) -> tuple[int, int]:
@@ -136,12 +154,3 @@ def _backward_blocks(plan: Plan, sizes: Shape, workers: int, x_is_row: bool) -> 
 def _split(length: int, multiple: int, most: int, parts: int) -> int:
     """Block size, a multiple of ``multiple`` up to ``most``, that cuts ``length`` into ``parts`` or more if it can."""
     return max(multiple, min(most, _ceil_to(-(-length // parts), multiple)))
-
-
-def _streams(dtype: str, place: _Place, count: int) -> bool:
-    """Whether the results (the last matrix) may be written past the caches: large, and aligned to whole vectors."""
-    itemsize, out = ITEMSIZE[dtype], place.matrices[-1]
-    step = vector_step(itemsize)
-    aligned = out.data % (step * itemsize) == 0 and out.column == 1
-    whole = all(stride % step == 0 for stride in (out.row, *place.batch[out.batch].tolist()))
-    return aligned and whole and count * itemsize >= _STREAM_BYTES

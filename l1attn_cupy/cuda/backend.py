@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,47 +12,47 @@ import numpy as np
 from .. import arrays
 from ..plan import Plan
 from . import calls, compiler
-from .launch import Launch, Operand
+from .launch import Launch
 from .registry import KernelError
-
-
-class _Gpu:
-    """One GPU, while it is the current device and the caller's stream the current stream."""
-
-    def borrow(self, array: Any) -> tuple[int, Any]:
-        view = arrays.borrow_cuda(array)
-        return view.data.ptr, view
-
-    def run(self, launch: Launch, operands: dict[str, Operand], written: set[str]) -> None:
-        arguments = np.frombuffer(launch.arguments, dtype=np.dtype((np.void, len(launch.arguments))))
-        compiler.kernel(launch)((launch.grid,), (launch.threads,), (arguments,))
 
 
 def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     """Write the scores of ``query`` and ``key`` to ``out``."""
-    with _current(plan, query):
-        calls.scores_forward(_Gpu(), plan, query, key, out)
+    device, stream = _current(plan, query)
+    with device, stream:
+        calls.scores_forward(_run, plan, query, key, out)
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
     """Write the gradients that are not None; ``saved`` is the forward result or None."""
-    with _current(plan, query):
-        calls.scores_backward(_Gpu(), plan, grad, query, key, saved, dquery, dkey)
+    device, stream = _current(plan, query)
+    with device, stream:
+        calls.scores_backward(_run, plan, grad, query, key, saved, dquery, dkey)
 
 
-@contextlib.contextmanager
-def _current(plan: Plan, query: Any) -> Iterator[None]:
-    """CuPy launches on the current device and stream: make them those of the arrays and of the caller."""
+def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    addresses = {name: arrays.address(array) for operands in (given, written) for name, array in operands.items()}
+    arguments = launch.arguments(addresses)
+    # CuPy passes a NumPy array by value: the bytes of the struct.
+    packed = np.frombuffer(arguments, np.dtype((np.void, len(arguments))))
+    compiler.kernel(launch)((launch.grid,), (launch.threads,), (packed,))
+
+
+def _current(plan: Plan, query: Any) -> tuple[Any, Any]:
+    """CuPy's device and stream to enter: those of the arrays, and of the caller."""
     try:
         import cupy
     except ImportError:
         raise KernelError(f"arrays on {plan.query.device} need CuPy: {compiler.missing()}") from None
     index = int(plan.query.device.partition(":")[2])
-    with cupy.cuda.Device(index):
-        if not arrays.is_torch(query):  # CuPy's current stream is the caller's
-            yield
-            return
-        import torch
+    if not arrays.is_torch(query):
+        return cupy.cuda.Device(index), cupy.cuda.get_current_stream(index)
+    return cupy.cuda.Device(index), _stream(index, sys.modules["torch"].cuda.current_stream(index).cuda_stream)
 
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index):
-            yield
+
+@functools.lru_cache(maxsize=256)
+def _stream(device: int, handle: int) -> Any:
+    """CuPy's view of another library's stream; null is the default stream."""
+    import cupy
+
+    return cupy.cuda.ExternalStream(handle, device) if handle else cupy.cuda.Stream.null

@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from .. import arrays
 from ..functions import CURVED
 from ..plan import Plan
 from . import launch
-from .launch import Launch, Operand
+from .launch import Launch
 
 
 class Machine(Protocol):
-    """What runs kernels."""
+    """What runs kernels: arrays by the names that the launch gives them, and which of them are written."""
 
-    def borrow(self, array: Any) -> tuple[int, Any]:
-        """Address of an array's first element, and what must stay alive meanwhile."""
-
-    def run(self, launch: Launch, operands: dict[str, Operand], written: set[str]) -> None:
-        """Run a launch that reads the operands, and writes those named in ``written``."""
+    def __call__(self, launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -> None: ...
 
 
 def scores_forward(machine: Machine, plan: Plan, query: Any, key: Any, out: Any) -> None:
-    """Write the scores of ``query`` and ``key`` to ``out``, which is not empty."""
-    operands, _owners = _borrow(machine, query=query, key=key, out=out)
-    variant = launch.pick("scores_forward", plan)
-    call = launch.scores_forward(plan, variant, operands["query"], operands["key"], operands["out"])
-    machine.run(call, operands, {"out"})
+    """Write the scores of ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
+    plan, query, key = _with_contiguous_rows(plan, query, key)
+    machine(launch.scores_forward(plan), {"query": query, "key": key}, {"out": out})
 
 
 def scores_backward(
     machine: Machine, plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any
 ) -> None:
-    """Write the gradients that are not None. The scores, if F' needs them and ``saved`` is None, are computed anew."""
+    """Write the gradients that are not None. Scores that F' needs and that are not ``saved`` are computed again."""
+    plan, query, key = _with_contiguous_rows(plan, query, key)
     if saved is None and plan.options.score in CURVED:
         saved = arrays.empty(plan.out_shape, query)
-        scores_forward(machine, plan, query, key, saved)
-    variant = launch.pick("scores_backward", plan)
+        machine(launch.scores_forward(plan._replace(options=plan.options._replace(variant=None))),
+                {"query": query, "key": key}, {"out": saved})
+    grad = arrays.with_contiguous_rows(grad)
+    saved = grad if saved is None else arrays.with_contiguous_rows(saved)
     wanted = {name: array for name, array in (("dquery", dquery), ("dkey", dkey)) if array is not None}
-    results = {name: arrays.zeros_to_add_to(array) for name, array in wanted.items()} if variant.atomic else wanted
-    given = {"grad": grad, "query": query, "key": key, "scores": grad if saved is None else saved}
-    operands, _owners = _borrow(machine, **given, **results)
-    call = launch.scores_backward(plan, variant, operands, operands.get("dquery"), operands.get("dkey"))
-    if call is not None:
-        machine.run(call, operands, set(results))
-    if variant.atomic:
-        for name, array in wanted.items():
-            arrays.assign(array, results[name])
+    if not wanted:
+        return
+    call = launch.scores_backward(
+        plan, arrays.describe(grad), arrays.describe(saved), dquery is not None, dkey is not None
+    )
+    given = {"query": query, "key": key, "grad": grad, "scores": saved}
+    if not call.variant.atomic:
+        machine(call, given, wanted)
+        return
+    sums = {name: arrays.zeros_to_add_to(array) for name, array in wanted.items()}
+    machine(call, given, sums)
+    for name, array in wanted.items():
+        arrays.assign(array, sums[name])
 
 
-def _borrow(machine: Machine, **given: Any) -> tuple[dict[str, Operand], list[Any]]:
-    """Operands with contiguous rows: an array whose last stride is not 1 is copied."""
-    operands, owners = {}, []
-    for name, array in given.items():
-        rows = arrays.with_contiguous_rows(array)
-        address, owner = machine.borrow(rows)
-        operands[name] = Operand(address, arrays.describe(rows))
-        owners += [rows, owner]
-    return operands, owners
+def _with_contiguous_rows(plan: Plan, query: Any, key: Any) -> tuple[Plan, Any, Any]:
+    """Copies of query and key where their last stride is not 1, and the plan for the copies."""
+    q, k = arrays.with_contiguous_rows(query, plan.query), arrays.with_contiguous_rows(key, plan.key)
+    if q is not query or k is not key:
+        plan = plan._replace(query=arrays.describe(q), key=arrays.describe(k))
+    return plan, q, k

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from .launch import Launch
-from .registry import KernelError, source
+from .registry import KernelError
 
 OPTIONS = ("-std=c++17", "-ftz=true")
 
@@ -29,9 +29,7 @@ def kernel(launch: Launch) -> Any:
     """The compiled kernel of ``launch`` for the current device, compiled at most once for each text of its file."""
     import cupy
 
-    return _compile(
-        source(launch.variant), launch.variant.op, tuple(launch.defines.items()), cupy.cuda.Device().id
-    )
+    return _compile(launch.source, launch.variant.op, launch.defines, cupy.cuda.runtime.getDevice())
 
 
 @functools.lru_cache(maxsize=512)

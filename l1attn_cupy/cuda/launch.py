@@ -5,18 +5,22 @@ The structs are those of ``kernels_cu/common.cuh``; `numpy.dtype` with ``align=T
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..functions import SCORES
-from ..plan import ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse
-from .registry import Variant, choose
+from ..plan import ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
+from . import registry
+from .registry import Variant
 
 MAX_BATCH_DIMS = 6
 _MAX_BLOCKS = 2**31 - 1
+_ADDRESS = struct.Struct("Q")
 
 _MATRIX = np.dtype([("data", "u8"), ("batch_stride", "i8", MAX_BATCH_DIMS), ("row_stride", "i8")], align=True)
 _SCORES_FORWARD = np.dtype(
@@ -50,94 +54,111 @@ DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 
 
 @dataclass(frozen=True)
-class Operand:
-    """An array as a kernel gets it: address of its first element, and its shape and strides."""
-
-    address: int
-    spec: ArraySpec
-
-
-@dataclass(frozen=True)
 class Launch:
-    """One kernel launch."""
+    """One kernel launch, all but the addresses of the arrays.
+
+    ``places`` tells at which bytes of the argument struct the address of which array goes.
+    """
 
     variant: Variant
-    defines: Mapping[str, int]
+    source: str
+    defines: tuple[tuple[str, int], ...]
     grid: int
-    arguments: bytes
+    template: bytes
+    places: tuple[tuple[str, int], ...]
 
     @property
     def threads(self) -> int:
+        """Threads in a block."""
         return self.variant.parameters["THREADS"]
 
+    def arguments(self, addresses: Mapping[str, int]) -> bytearray:
+        """The argument struct; an array that is not there has address 0."""
+        struct_bytes = bytearray(self.template)
+        for name, offset in self.places:
+            _ADDRESS.pack_into(struct_bytes, offset, addresses.get(name, 0))
+        return struct_bytes
 
-def pick(op: str, plan: Plan) -> Variant:
-    """The variant for a call."""
-    sizes = {"q": plan.length_q, "k": plan.length_k, "e": plan.channels}
-    return choose(op, plan.query.dtype, sizes, plan.options.variant)
+
+def scores_forward(plan: Plan) -> Launch:
+    """The launch that computes the scores; no dimension of them is 0. Arrays: query, key, out."""
+    return _scores_forward(registry.generation(), plan)
 
 
-def scores_forward(plan: Plan, variant: Variant, query: Operand, key: Operand, out: Operand) -> Launch:
-    """The launch that computes ``out``; no dimension of it is 0."""
+def scores_backward(plan: Plan, grad: ArraySpec, saved: ArraySpec, need_query: bool, need_key: bool) -> Launch:
+    """The launch that computes the gradients that are needed. Arrays: query, key, grad, scores, dquery, dkey."""
+    return _scores_backward(registry.generation(), plan, grad, saved, need_query, need_key)
+
+
+@functools.lru_cache(maxsize=1024)
+def _scores_forward(_generation: int, plan: Plan) -> Launch:
+    variant = _pick("scores_forward", plan)
     args = np.zeros((), _SCORES_FORWARD)
-    _fill_batch(args, plan.batch, {"q": query, "k": key, "out": out}, range(len(plan.batch)))
+    specs = {"q": plan.query, "k": plan.key, "out": contiguous(plan.query, plan.out_shape)}
+    _fill_batch(args, plan.batch, specs, range(len(plan.batch)))
     args["length_q"], args["length_k"], args["channels"] = plan.length_q, plan.length_k, plan.channels
     _fill_options(args, plan)
     blocks = _tiles(plan.length_q, variant, "BLOCK_Q") * _tiles(plan.length_k, variant, "BLOCK_K")
-    return _launch(variant, plan, args, math.prod(plan.batch) * blocks)
+    places = {name: _SCORES_FORWARD.fields[field][1] for name, field in (("query", "q"), ("key", "k"), ("out", "out"))}
+    return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places.items())
 
 
-def scores_backward(
-    plan: Plan,
-    variant: Variant,
-    operands: Mapping[str, Operand],
-    dquery: Operand | None,
-    dkey: Operand | None,
-) -> Launch | None:
-    """The launch that computes the gradients that are wanted and not empty; None if there is none.
-
-    ``operands`` has the keys query, key, grad and scores.
-    """
+@functools.lru_cache(maxsize=1024)
+def _scores_backward(
+    _generation: int, plan: Plan, grad: ArraySpec, saved: ArraySpec, need_query: bool, need_key: bool
+) -> Launch:
+    variant = _pick("scores_backward", plan)
     args = np.zeros((), _SCORES_BACKWARD)
     args["channels"] = plan.channels
     _fill_options(args, plan)
-    sides = (("dq", "query", "key", dquery), ("dk", "key", "query", dkey))
-    blocks = [_fill_gradient(args[field], plan, variant, operands, x, y, dx) for field, x, y, dx in sides]
-    if not any(blocks):
-        return None
-    return _launch(variant, plan, args, max(blocks) if variant.atomic else sum(blocks))
+    sides = (("dq", plan.query, plan.key, need_query), ("dk", plan.key, plan.query, need_key))
+    blocks = [_fill_gradient(args[field], plan, variant, x, y, grad, saved, need) for field, x, y, need in sides]
+    places = []
+    for side, own, other in (("dq", "query", "key"), ("dk", "key", "query")):
+        start = _SCORES_BACKWARD.fields[side][1]
+        names = {"x": own, "y": other, "grad": "grad", "scores": "scores", "dx": f"d{own}"}
+        places += [(name, start + _GRADIENT.fields[field][1]) for field, name in names.items()]
+    return _launch(variant, plan, args, max(blocks) if variant.atomic else sum(blocks), places)
 
 
 def _fill_gradient(
-    args: np.ndarray, plan: Plan, variant: Variant, operands: Mapping[str, Operand], x: str, y: str, dx: Operand | None
+    args: np.ndarray,
+    plan: Plan,
+    variant: Variant,
+    x: ArraySpec,
+    y: ArraySpec,
+    grad: ArraySpec,
+    saved: ArraySpec,
+    needed: bool,
 ) -> int:
-    """Arguments for one gradient; returns how many blocks it takes. Atomic kernels need the lengths in any case."""
-    x_spec = operands[x].spec
-    wanted = dx is not None and 0 not in x_spec.shape
+    """Arguments for one gradient; returns how many blocks it takes. Atomic kernels use the lengths in any case."""
     args["batch_shape"] = 1
-    if not wanted and not variant.atomic:
+    if not needed and not variant.atomic:
         return 0
-    shared = broadcast_dims(x_spec, plan.batch) if not variant.atomic else (False,) * len(plan.batch)
+    shared = (False,) * len(plan.batch) if variant.atomic else broadcast_dims(x, plan.batch)
     order = sorted(range(len(shared)), key=lambda dim: shared[dim])  # dimensions to sum over come last
-    target = dx if dx is not None else Operand(0, x_spec)
-    matrices = {"x": operands[x], "y": operands[y], "grad": operands["grad"], "scores": operands["scores"], "dx": target}
-    _fill_batch(args, plan.batch, matrices, order)
+    specs = {"x": x, "y": y, "grad": grad, "scores": saved, "dx": contiguous(x, x.shape)}
+    _fill_batch(args, plan.batch, specs, order)
     args["kept"] = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if not sum_over)
     args["summed"] = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
-    args["length_x"], args["length_y"] = x_spec.shape[-2], operands[y].spec.shape[-2]
-    args["x_is_row"] = x == "query"
-    if not wanted:
-        return 0
+    args["length_x"], args["length_y"] = x.shape[-2], y.shape[-2]
+    args["x_is_row"] = x is plan.query
     if variant.atomic:
         tiles = _tiles(plan.length_q, variant, "BLOCK_Q") * _tiles(plan.length_k, variant, "BLOCK_K")
     else:
-        tiles = _tiles(x_spec.shape[-2], variant, "BLOCK_X")
+        tiles = _tiles(x.shape[-2], variant, "BLOCK_X")
     return int(args["kept"]) * tiles * _tiles(plan.channels, variant, "BLOCK_E")
 
 
-def _fill_batch(args: np.ndarray, batch: Shape, operands: Mapping[str, Operand], order: range | list[int]) -> None:
-    """Batch shape and the matrices' places, with the batch dimensions in ``order`` and merged where strides allow."""
-    strides = [batch_strides(operand.spec, batch) for operand in operands.values()]
+def _pick(op: str, plan: Plan) -> Variant:
+    sizes = {"q": plan.length_q, "k": plan.length_k, "e": plan.channels}
+    return registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
+
+
+def _fill_batch(args: np.ndarray, batch: Shape, specs: Mapping[str, ArraySpec], order: Iterable[int]) -> None:
+    """Batch shape and strides, with the batch dimensions in ``order`` and merged where all strides allow."""
+    order = list(order)
+    strides = [batch_strides(spec, batch) for spec in specs.values()]
     shape, strides = collapse(tuple(batch[dim] for dim in order), [tuple(s[dim] for dim in order) for s in strides])
     if len(shape) > MAX_BATCH_DIMS:
         raise ValueError(
@@ -146,8 +167,8 @@ def _fill_batch(args: np.ndarray, batch: Shape, operands: Mapping[str, Operand],
         )
     missing = MAX_BATCH_DIMS - len(shape)
     args["batch_shape"] = (1,) * missing + shape
-    for (name, operand), stride in zip(operands.items(), strides, strict=True):
-        args[name] = (operand.address, (0,) * missing + stride, operand.spec.strides[-2])
+    for (name, spec), stride in zip(specs.items(), strides, strict=True):
+        args[name] = (0, (0,) * missing + stride, spec.strides[-2])
 
 
 def _fill_options(args: np.ndarray, plan: Plan) -> None:
@@ -158,10 +179,11 @@ def _tiles(length: int, variant: Variant, block: str) -> int:
     return -(-length // variant.parameters[block])
 
 
-def _launch(variant: Variant, plan: Plan, args: np.ndarray, blocks: int) -> Launch:
+def _launch(variant: Variant, plan: Plan, args: np.ndarray, blocks: int, places: Iterable[tuple[str, int]]) -> Launch:
     if blocks > _MAX_BLOCKS:
         raise ValueError(
             f"query and key must need at most {_MAX_BLOCKS} blocks of {variant.path.name}, got {blocks} for query "
             f"{plan.query.shape} and key {plan.key.shape}; split the batch"
         )
-    return Launch(variant, {"DTYPE": DTYPE_CODES[plan.query.dtype], **variant.parameters}, blocks, args.tobytes())
+    defines = (("DTYPE", DTYPE_CODES[plan.query.dtype]), *variant.parameters.items())
+    return Launch(variant, registry.source(variant), defines, blocks, args.tobytes(), tuple(places))

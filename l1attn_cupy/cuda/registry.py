@@ -55,6 +55,7 @@ class Variant:
         return dtype in self.dtypes and all(within)
 
 
+@functools.lru_cache(maxsize=1)
 def packaged_folder() -> Path:
     """The folder of the kernels that come with the package, installed or in a source tree."""
     package = Path(__file__).resolve().parents[1]
@@ -75,16 +76,51 @@ def folders() -> list[Path]:
     return [Path(own), packaged_folder()]
 
 
+def generation() -> int:
+    """A number that changes when any kernel file does, or the folders; what is cached by it is never stale."""
+    own = os.environ.get("L1ATTN_KERNELS")
+    state = (own, tuple(_stamps(str(folder)) for folder in _known_folders(own)))
+    return _generation_of(state)
+
+
+@functools.lru_cache(maxsize=8)
+def _known_folders(own: str | None) -> list[Path]:
+    return folders()
+
+
+def _stamps(folder: str) -> tuple[int, ...]:
+    """When the folder and each file in it were last changed; a system call for each, this runs on every call."""
+    changed = os.stat(folder).st_mtime_ns
+    return changed, *(os.stat(path).st_mtime_ns for path in _files(folder, changed))
+
+
+@functools.lru_cache(maxsize=16)
+def _files(folder: str, changed: int) -> list[str]:
+    return sorted(str(path) for path in Path(folder).glob("*.cu*"))
+
+
+_generations: dict[tuple, int] = {}
+
+
+def _generation_of(state: tuple) -> int:
+    return _generations.setdefault(state, len(_generations))
+
+
 def variants(op: str | None = None) -> list[Variant]:
     """All variants, of ``op`` if given, in the order in which they are preferred."""
     if op is not None and op not in OPS:
         raise ValueError(f"op must be None or one of {', '.join(map(repr, OPS))}, got {op!r}")
+    return [variant for variant in _variants(generation()) if op in (None, variant.op)]
+
+
+@functools.lru_cache(maxsize=8)
+def _variants(_generation: int) -> tuple[Variant, ...]:
     files: dict[str, Path] = {}
     for folder in folders():
         for path in sorted(folder.glob("*.cu")):
             files.setdefault(path.name, path)
     found = [variant for path in files.values() for variant in _read(path, path.stat().st_mtime_ns)]
-    return sorted((v for v in found if op in (None, v.op)), key=lambda v: (v.op, -v.rank, v.name, v.line))
+    return tuple(sorted(found, key=lambda v: (v.op, -v.rank, v.name, v.line)))
 
 
 def choose(op: str, dtype: str, sizes: Mapping[str, int], name: str | None) -> Variant:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from .. import arrays
 from ..cuda import calls
-from ..cuda.launch import Launch, Operand
-from ..cuda.registry import source
+from ..cuda.launch import Launch
 from ..plan import ITEMSIZE, Plan
 from .engine import EmulatedKernel, Region, compile_kernel
 
@@ -18,28 +18,23 @@ from .engine import EmulatedKernel, Region, compile_kernel
 _seeds = itertools.count(int(os.environ.get("L1ATTN_EMULATOR_SEED", "0")))
 
 
-class _Emulator:
-    def borrow(self, array: Any) -> tuple[int, Any]:
-        view = arrays.borrow(array)
-        return view.__array_interface__["data"][0], view
-
-    def run(self, launch: Launch, operands: dict[str, Operand], written: set[str]) -> None:
-        kernel = _kernel(source(launch.variant), launch.variant.op, tuple(launch.defines.items()))
-        memory = [_region(name, operand, name in written) for name, operand in operands.items()]
-        limit = float(os.environ.get("L1ATTN_EMULATOR_TIME_LIMIT", "600"))
-        kernel.launch(
-            launch.grid, launch.threads, launch.arguments, memory=memory, seed=next(_seeds), time_limit=limit
-        )
-
-
 def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     """Write the scores of ``query`` and ``key`` to ``out``."""
-    calls.scores_forward(_Emulator(), plan, query, key, out)
+    calls.scores_forward(_run, plan, query, key, out)
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
     """Write the gradients that are not None; ``saved`` is the forward result or None."""
-    calls.scores_backward(_Emulator(), plan, grad, query, key, saved, dquery, dkey)
+    calls.scores_backward(_run, plan, grad, query, key, saved, dquery, dkey)
+
+
+def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    addresses = {name: arrays.address(array) for operands in (given, written) for name, array in operands.items()}
+    memory = [_region(name, array, name in written) for name, array in {**given, **written}.items()]
+    limit = float(os.environ.get("L1ATTN_EMULATOR_TIME_LIMIT", "600"))
+    kernel = _kernel(launch.source, launch.variant.op, launch.defines)
+    arguments = bytes(launch.arguments(addresses))
+    kernel.launch(launch.grid, launch.threads, arguments, memory=memory, seed=next(_seeds), time_limit=limit)
 
 
 @functools.lru_cache(maxsize=512)
@@ -47,11 +42,12 @@ def _kernel(text: str, entry: str, defines: tuple[tuple[str, int], ...]) -> Emul
     return compile_kernel(text, name=entry, defines=dict(defines), entry=entry)
 
 
-def _region(name: str, operand: Operand, written: bool) -> Region:
+def _region(name: str, array: Any, written: bool) -> Region:
     """The bytes between the first and the last element of an array, whatever its strides."""
-    spec, itemsize = operand.spec, ITEMSIZE[operand.spec.dtype]
+    spec, address = arrays.describe(array), arrays.address(array)
+    itemsize = ITEMSIZE[spec.dtype]
     if 0 in spec.shape:
-        return Region(operand.address, 0, written, name)
+        return Region(address, 0, written, name)
     reach = [(n - 1) * stride for n, stride in zip(spec.shape, spec.strides, strict=True)]
     first, last = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
-    return Region(operand.address + first * itemsize, (last - first + 1) * itemsize, written, name)
+    return Region(address + first * itemsize, (last - first + 1) * itemsize, written, name)

@@ -10,6 +10,7 @@ _SHARED_ALIGNAS = re.compile(r"\b__shared__(\s+)alignas\b")
 _EXTERN_SHARED = re.compile(r"\bextern\b([^;{}]*?)\b__shared__\b")
 _DYNAMIC_SHARED = re.compile(r"\bEMU_EXTERN_SHARED\b[^;{}]*?(\w+)\s*\[\s*\]\s*;")
 
+
 def host_source(source: str, *, entry: str, name: str, capacity: int) -> str:
     """Turn CUDA C++ into a translation unit for the host.
 

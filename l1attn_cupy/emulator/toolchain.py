@@ -29,6 +29,8 @@ _NO_CUDA_HEADERS = "L1ATTN-EMULATOR-NEEDS-CUDA-HEADERS"  # from include/cuda_fp1
 
 _COMMON_FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -w -fvisibility=hidden -fno-exceptions -fno-rtti -fno-stack-protector "
+    # A tail call would hide the line that it came from.
+    "-fno-optimize-sibling-calls "
     # A thread with too much local memory must meet the guard page and not step over it.
     "-fstack-clash-protection "
     # CUDA code reinterprets float as float4 freely; nvcc does not hold that against it.
@@ -58,9 +60,8 @@ _CLANG_CHECKED_FLAGS = ["-mllvm", "-tsan-instrument-func-entry-exit=0"]
 # hold a pattern, not what another thread has left there.
 _GCC_12_FLAGS = ["-ftrivial-auto-var-init=pattern"]
 _GCC_12_CHECKED_FLAGS = ["--param", "tsan-instrument-func-entry-exit=0"]
-_CLANG_FLAGS = ["-ftrivial-auto-var-init=pattern"]
-
-_WRAPPED = [f"-Wl,--wrap={f}" for f in ("memcpy", "memmove", "memset")]
+# Denormals are flushed: x - y > 0 is not x > y.
+_CLANG_FLAGS = ["-ftrivial-auto-var-init=pattern", "-fdenormal-fp-math=preserve-sign"]
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def build_kernel(
             log = _run([*compiler.command, *options, "-c", "kernel.cpp", "-o", "kernel.o"], folder)
             if not log:
                 link = [*compiler.command, "-shared", "kernel.o", "-o", "kernel.so", str(engine), "-Wl,-z,defs"]
-                log = _run([*link, *(_WRAPPED if check else []), "-lm"], folder)
+                log = _run([*link, "-lm"], folder)
             if log:
                 raise EmulatorCompileError(_compile_message(name, log, flags, compiler))
             os.replace(folder / "kernel.so", target)

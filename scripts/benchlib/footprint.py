@@ -39,9 +39,7 @@ def overhead(settings: Settings) -> list[dict[str, Any]]:
     for name in ["empty", *(peer for peer in ("ours", "eager", "cdist") if peer in settings.peers)]:
         found = in_fresh_process("overhead", "--device", settings.device, "--calls", calls, "--peer", name)
         records.append({"peer": name, **found})
-    print(
-        f"\nA call on (1, 16, 16, 16) float32, median of {calls}, us; empty: a torch op that only allocates"
-    )
+    print(f"\nA call on (1, 16, 16, 16) float32, median of {calls}, us; empty: a torch op that only allocates")
     lines = [[r["peer"], *(report.number(r.get(key)) for key in STEPS), r.get("error", "")] for r in records]
     print(report.table(["peer", "forward", "for gradients", "forward+backward", "note"], lines), flush=True)
     return records
@@ -51,9 +49,7 @@ def startup(settings: Settings) -> dict[str, Any]:
     """Import time, and first calls with empty and with filled caches of compiled code, in seconds."""
     imports = [in_fresh_process("import") for _ in range(1 if settings.quick else 5)]
     times = [run["seconds"] for run in imports if "seconds" in run]
-    result: dict[str, Any] = {
-        "import": {**imports[0], "seconds": statistics.median(times) if times else None}
-    }
+    result: dict[str, Any] = {"import": {**imports[0], "seconds": statistics.median(times) if times else None}}
     with tempfile.TemporaryDirectory() as caches:
         result["empty caches"] = in_fresh_process("first-call", "--device", settings.device, caches=caches)
         result["cached_files"] = sum(len(files) for _, _, files in os.walk(caches))

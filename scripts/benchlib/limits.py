@@ -48,9 +48,7 @@ class Limits:
             rates = sorted(1.0 / limit.sample().wall for _ in range(SAMPLES))
             median, low, high = rates[SAMPLES // 2], rates[0], rates[-1]
             what = limit.describe()
-            records.append(
-                {"op": op, "dtype": dtype, "median": median, "low": low, "high": high, "what": what}
-            )
+            records.append({"op": op, "dtype": dtype, "median": median, "low": low, "high": high, "what": what})
             lines.append([op, dtype, report.number(median), report.spread(low, high), what])
         text = report.table(["limit", "dtype", "1e9 terms/s", "min..max", "what runs"], lines)
         return self.problem or text, records

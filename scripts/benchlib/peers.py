@@ -149,9 +149,7 @@ def keops(case: Case, device: str) -> Peer:
             import pykeops
             from pykeops.torch import LazyTensor
     except Exception as error:
-        raise Unavailable(
-            f"KeOps: {error}; pip install 'l1attn_cupy[bench]', it needs a C++ compiler"
-        ) from error
+        raise Unavailable(f"KeOps: {error}; pip install 'l1attn_cupy[bench]', it needs a C++ compiler") from error
     pykeops.set_verbose(False)
 
     def scores(q: Any, k: Any) -> Any:

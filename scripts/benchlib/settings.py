@@ -60,7 +60,7 @@ class Settings:
 
     def budget_s(self, case: Case) -> float:
         """Seconds a peer may take on a case before it stops at the fewest rounds."""
-        return 0.3 if case.group == "grid" else 1.0 if self.quick else 3.0
+        return 0.3 if case.group == "grid" else 1.0 if self.quick else 6.0
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
@@ -82,9 +82,7 @@ def settle(options: argparse.Namespace) -> Settings:
     """Settings from the options; SystemExit where the device is not there."""
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise SystemExit(
-            "--device cuda: torch finds no CUDA device; it needs a GPU and a torch built for CUDA"
-        )
+        raise SystemExit("--device cuda: torch finds no CUDA device; it needs a GPU and a torch built for CUDA")
     if options.huge_pages:
         os.environ[HUGE_PAGES] = "1"
     if options.threads:
@@ -100,7 +98,7 @@ def settle(options: argparse.Namespace) -> Settings:
         quick=options.quick,
         only=set(options.only.split(",")) if options.only else set(PARTS[:-1] if options.quick else PARTS),
         threads=torch.get_num_threads(),
-        eager_bytes=gpu.total_memory // 12 if gpu else GIB // 4 if options.quick else GIB // 2,
+        eager_bytes=gpu.total_memory // 12 if gpu else GIB // 4,
         cache_bytes=getattr(gpu, "L2_cache_size", CPU_CACHE_BYTES),
     )
 
@@ -111,9 +109,7 @@ def method(settings: Settings) -> list[str]:
         device, clock = torch.cuda.get_device_name(), "CUDA events; L2 is overwritten before every call"
     else:
         device = report.processor()
-        clock = (
-            f"wall time, {settings.threads} threads (SciPy: one); short calls are repeated to 3 ms a sample"
-        )
+        clock = f"wall time, {settings.threads} threads (SciPy: one); short calls are repeated to 3 ms a sample"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions().items())
     cache, eager = settings.cache_bytes >> 20, settings.eager_bytes / GIB
     return [
@@ -125,8 +121,8 @@ def method(settings: Settings) -> list[str]:
         f"inputs    normal; 2 to 16 sets in rotation, together beyond {cache} MiB where 16 are enough",
         f"order     all peers and the limit in turn, up to {settings.rounds} rounds, fewer for slow peers",
         "rates     median (min..max) of the rounds; a ratio is the median of the ratios within a round",
-        "of limit  rate over the limit's in the same round; by core time: the same per second that threads had",
-        "          of a core, which other processes do not disturb (spinning threads count as busy)",
+        "of limit  rate over the limit's in the same round; by core time: the same per second that",
+        "          threads had of a core, which other processes do not disturb (spinning counts as busy)",
         "forward   without gradients; backward: through autograd, after its own forward",
         f"eager     fewer heads where its (B, L, S, E) tensor would pass {eager:.2g} GiB; rates are per term",
         "compile   static shapes",
@@ -140,10 +136,7 @@ def page_method(settings: Settings) -> list[str]:
     if settings.cuda:
         return []
     huge = os.environ.get(HUGE_PAGES) == "1"
-    return [
-        "pages     "
-        + ("huge, where the system allows it" if huge else "the system's default; see --huge-pages")
-    ]
+    return ["pages     " + ("huge, where the system allows it" if huge else "the system's default; see --huge-pages")]
 
 
 def grid_method(settings: Settings) -> list[str]:

@@ -42,18 +42,14 @@ def entrants(case: Case, settings: Settings, clock: Any) -> tuple[list[Entrant],
             peer = make()
             fitting = case.with_eager_at_most(settings.eager_limit(case)) if peer.broadcasts else case
             if fitting is None:
-                raise Unavailable(
-                    f"one head needs a tensor of {case.eager_bytes() / case.batch / GIB:.0f} GiB"
-                )
+                raise Unavailable(f"one head needs a tensor of {case.eager_bytes() / case.batch / GIB:.0f} GiB")
             entrant = Entrant(peer, fitting, inputs, clock, settings.ops)
             if entrant.ops:
                 entrant.check(oracle)
                 ready.append(entrant)
         except Exception as error:  # a peer that breaks is a row that says why, not the end of the run
             note = _reason(error)
-            failed += [
-                Row(case.shape, case.dtype, case.group, op, name, note=note) for op in sorted(settings.ops)
-            ]
+            failed += [Row(case.shape, case.dtype, case.group, op, name, note=note) for op in sorted(settings.ops)]
     return ready, failed
 
 

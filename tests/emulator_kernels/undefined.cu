@@ -37,5 +37,22 @@ extern "C" __global__ void undefined(const UndefinedArgs args) {
 #elif MODE == 10
   const int i = 65536 + args.zero;
   args.out[t] = static_cast<int>(static_cast<unsigned>(i) * static_cast<unsigned>(i));  // fine: unsigned wraps
+#elif MODE == 11
+  if (t == 0) memcpy(args.out, args.out + 60, 32);
+#elif MODE == 12
+  if (t == 0) memset(args.out + 60 + args.zero, 0, 20);
+#elif MODE == 13
+  int sum;  // never set to 0
+  for (int i = 0; i < args.zero + 3; ++i) sum += i;
+  args.out[t] = sum;
+#elif MODE == 14
+  struct Six { int at[6]; };
+  if (t == 0) *reinterpret_cast<Six*>(args.out + 60) = *reinterpret_cast<Six*>(args.out);
+#elif MODE == 15
+  if (t == 0) atomicAdd(reinterpret_cast<int*>(reinterpret_cast<char*>(args.out) + 2), 1);
+#elif MODE == 16
+  volatile int x = 0;  // the lowest block is the last to fail
+  for (int i = 0; blockIdx.x == 0 && i < 10000000; ++i) x = i;
+  if (t == 0) args.out[64 + blockIdx.x] = x;
 #endif
 }

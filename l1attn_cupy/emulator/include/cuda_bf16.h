@@ -4,7 +4,9 @@
 #error "L1ATTN-EMULATOR-NEEDS-CUDA-HEADERS cuda_bf16.h"
 #else
 #include <cuda_fp16.h>
+#undef memcpy
 #include_next <cuda_bf16.h>
+#include "checked_memory.hpp"
 
 EMU_FN __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
   return __double2bfloat16(fma(double(__bfloat162float(a)), double(__bfloat162float(b)), double(__bfloat162float(c))));

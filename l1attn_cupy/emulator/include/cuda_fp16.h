@@ -3,21 +3,14 @@
 #if !__has_include_next(<cuda_fp16.h>)
 #error "L1ATTN-EMULATOR-NEEDS-CUDA-HEADERS cuda_fp16.h"
 #else
+#undef memcpy
 #include_next <cuda_fp16.h>
-
-typedef short EmuHalves __attribute__((vector_size(16)));
-typedef float EmuFloats __attribute__((vector_size(16)));
-
+#include "checked_memory.hpp"
 
 // The same results as NVIDIA's bit by bit conversions, ten times faster.
-#if defined(__F16C__)
-EMU_FN float emu_half2float(__half h) { return __builtin_ia32_vcvtph2ps(EmuHalves{short(__half_as_ushort(h))})[0]; }
-EMU_FN __half emu_float2half(float x) {
-  return __ushort_as_half(static_cast<unsigned short>(__builtin_ia32_vcvtps2ph(EmuFloats{x}, 0)[0]));
-}
-#elif defined(__aarch64__)
-EMU_FN float emu_half2float(__half h) { return emu_bits<__fp16>(__half_as_ushort(h)); }
-EMU_FN __half emu_float2half(float x) { return __ushort_as_half(emu_bits<unsigned short>(static_cast<__fp16>(x))); }
+#if defined(__FLT16_MAX__)
+EMU_FN float emu_half2float(__half h) { return emu_bits<_Float16>(__half_as_ushort(h)); }
+EMU_FN __half emu_float2half(float x) { return __ushort_as_half(emu_bits<unsigned short>(static_cast<_Float16>(x))); }
 #else
 EMU_FN float emu_half2float(__half h) { return __half2float(h); }
 EMU_FN __half emu_float2half(float x) { return __float2half_rn(x); }

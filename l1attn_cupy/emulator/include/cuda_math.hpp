@@ -12,12 +12,7 @@
 #include <stdint.h>
 #undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
 
-extern "C" {
-int abs(int) noexcept;
-void* memcpy(void* __restrict__, const void* __restrict__, size_t) noexcept;
-void* memmove(void*, const void*, size_t) noexcept;
-void* memset(void*, int, size_t) noexcept;
-}
+extern "C" int abs(int) noexcept;
 
 #define EMU_FN __forceinline__
 

@@ -163,6 +163,12 @@ template <class T> __forceinline__ T __ldcs(const T* p) { return *p; }
 template <class T> __forceinline__ void __stcg(T* p, typename EmuPlain<T>::type v) { *p = v; }
 template <class T> __forceinline__ void __stcs(T* p, typename EmuPlain<T>::type v) { *p = v; }
 
+// ---- the C library's ---------------------------------------------------------------------------------------
+
+#include <string.h>
+#include "checked_memory.hpp"
+extern "C" int printf(const char*, ...);
+
 // ---- asynchronous copies (cuda_pipeline_primitives.h) ------------------------------------------------------
 
 __forceinline__ void __pipeline_memcpy_async(void* shared, const void* global, size_t size, size_t zfill = 0) {
@@ -179,7 +185,6 @@ __forceinline__ void __pipeline_wait_prior(size_t batches_in_flight) { emu_async
 #undef assert
 #define assert(x) ((x) ? (void)0 : emu_trap(__FILE__, __LINE__, "assertion failed", #x))
 #define __trap() emu_trap(__FILE__, __LINE__, "__trap()", "")
-extern "C" int printf(const char*, ...);
 
 // ---- the kernel's own description of itself ----------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 // abi.hpp: the C structs that cross a border: engine <-> Python (ctypes) and engine <-> compiled kernel.
-// launch.py mirrors the first group field by field; change both together.
+// abi.py mirrors the first group field by field; change both together.
 #pragma once
 
 // ---- engine <-> Python -------------------------------------------------------------------------------------
@@ -95,6 +95,9 @@ unsigned long long emu_atomic_cas(void* address, unsigned long long expected, un
 void emu_async_copy(void* shared, const void* global, unsigned long long size, unsigned long long zfill);
 void emu_async_commit();
 void emu_async_wait(unsigned long long batches_in_flight);
+void* emu_memcpy(void* to, const void* from, __SIZE_TYPE__ bytes);
+void* emu_memmove(void* to, const void* from, __SIZE_TYPE__ bytes);
+void* emu_memset(void* to, int byte, __SIZE_TYPE__ bytes);
 [[noreturn]] void emu_trap(const char* file, int line, const char* what, const char* text);
 }
 #pragma GCC visibility pop

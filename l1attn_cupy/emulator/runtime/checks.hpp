@@ -6,6 +6,7 @@
 #pragma once
 
 #include <stdio.h>
+#include <string.h>
 
 #include "worker.hpp"
 
@@ -91,10 +92,12 @@ inline void global_marks(Fiber* f, const Region& region, uintptr_t a, size_t siz
   }
 }
 
-inline const Region* find_region(Worker& w, uintptr_t a, size_t size) {
-  if (w.last_region && w.last_region->contains(a, size)) return w.last_region;
+// Regions may overlap, as those of strided arrays in one buffer do: for a write, one that may be written counts.
+inline const Region* find_region(Worker& w, uintptr_t a, size_t size, Access access) {
+  const auto fits = [&](const Region& r) { return r.contains(a, size) && (access == Access::read || r.writable); };
+  if (w.last_region && fits(*w.last_region)) return w.last_region;
   for (const Region& r : w.run.regions)
-    if (r.contains(a, size)) return w.last_region = &r;
+    if (fits(r)) return w.last_region = &r;
   return nullptr;
 }
 
@@ -104,19 +107,31 @@ inline __attribute__((always_inline)) void check(const void* address, size_t siz
   if (on_this_stack(a)) return;  // the thread's own local memory
   Fiber* f = this_fiber();
   Worker& w = *f->worker;
-  if (__builtin_expect(w.interrupted, 0)) fail_text(f, EMU_STOPPED, pc, nullptr, 0, "");
   if (access == Access::read && a - reinterpret_cast<uintptr_t>(w.run.args.data()) < w.run.args.size()) return;
   ++(access == Access::read ? w.stats.loads : w.stats.stores);
   if (aligned && (a & (size - 1))) fail_access(f, EMU_MISALIGNED, a, size, access, pc);
   if (w.shared.contains(a)) return shared_access(f, a, size, access, pc);
-  if (const Region* r = find_region(w, a, size)) {
-    if (access != Access::read && !r->writable) fail_access(f, EMU_READ_ONLY, a, size, access, pc);
+  if (const Region* r = find_region(w, a, size, access)) {
     if (r->marks) global_marks(f, *r, a, size, access, pc);
     return;
   }
   for (const ModuleRange& r : w.run.module)  // constants and __device__ variables
     if (r.contains(a, size) && (access == Access::read || r.writable)) return;
-  fail_access(f, EMU_OUT_OF_BOUNDS, a, size, access, pc);
+  const bool readable = access != Access::read && find_region(w, a, size, Access::read);
+  fail_access(f, readable ? EMU_READ_ONLY : EMU_OUT_OF_BOUNDS, a, size, access, pc);
+}
+
+inline void* copy(void* to, const void* from, size_t n, const void* pc) {
+  if (n && this_fiber()->worker->run.launch.checked) {
+    check(from, n, Access::read, false, pc);
+    check(to, n, Access::write, false, pc);
+  }
+  return memmove(to, from, n);
+}
+
+inline void* fill(void* to, int byte, size_t n, const void* pc) {
+  if (n && this_fiber()->worker->run.launch.checked) check(to, n, Access::write, false, pc);
+  return memset(to, byte, n);
 }
 
 }  // namespace emu
@@ -148,24 +163,13 @@ EMU_TSAN(16)
 void __tsan_read_range(const void* p, size_t n) { if (n) emu::check(p, n, emu::Access::read, false, EMU_PC); }
 void __tsan_write_range(void* p, size_t n) { if (n) emu::check(p, n, emu::Access::write, false, EMU_PC); }
 
-// The kernel's own calls come here by the linker's --wrap.
-void* __wrap_memcpy(void* to, const void* from, size_t n) {
-  if (n) emu::check(from, n, emu::Access::read, false, EMU_PC);
-  if (n) emu::check(to, n, emu::Access::write, false, EMU_PC);
-  return memmove(to, from, n);
-}
-void* __wrap_memmove(void* to, const void* from, size_t n) {
-  if (n) emu::check(from, n, emu::Access::read, false, EMU_PC);
-  if (n) emu::check(to, n, emu::Access::write, false, EMU_PC);
-  return memmove(to, from, n);
-}
-void* __wrap_memset(void* to, int byte, size_t n) {
-  if (n) emu::check(to, n, emu::Access::write, false, EMU_PC);
-  return memset(to, byte, n);
-}
-void* __tsan_memcpy(void* to, const void* from, size_t n) __attribute__((alias("__wrap_memcpy")));
-void* __tsan_memmove(void* to, const void* from, size_t n) __attribute__((alias("__wrap_memmove")));
-void* __tsan_memset(void* to, int byte, size_t n) __attribute__((alias("__wrap_memset")));
+void* emu_memcpy(void* to, const void* from, size_t n) { return emu::copy(to, from, n, EMU_PC); }
+void* emu_memmove(void* to, const void* from, size_t n) { return emu::copy(to, from, n, EMU_PC); }
+void* emu_memset(void* to, int byte, size_t n) { return emu::fill(to, byte, n, EMU_PC); }
+// Clang calls these for structs that it copies or clears as a whole.
+void* __tsan_memcpy(void* to, const void* from, size_t n) { return emu::copy(to, from, n, EMU_PC); }
+void* __tsan_memmove(void* to, const void* from, size_t n) { return emu::copy(to, from, n, EMU_PC); }
+void* __tsan_memset(void* to, int byte, size_t n) { return emu::fill(to, byte, n, EMU_PC); }
 
 // ---- UndefinedBehaviorSanitizer: the layouts are those that GCC and Clang emit ------------------------------
 struct UbsanSource { const char* file; unsigned line, column; };

@@ -103,8 +103,11 @@ void Worker::run_block(unsigned b) {
   alive = threads;
   fenced = false;
   random = run.launch.seed * 0xd1342543de82ef95ull + b;
-  order.reset(threads);
-  for (auto& q : queues) q = AsyncQueue{};
+  order.reset(threads, run.launch.checked);
+  for (AsyncQueue& q : queues) {
+    q.batch = 0;
+    q.copies.clear();
+  }
   warps.assign((threads + 31) / 32, Warp{~0u, 0});
   if (threads % 32) warps.back().running = (1u << threads % 32) - 1;
   released.clear();

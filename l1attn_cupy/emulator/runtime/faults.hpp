@@ -3,8 +3,8 @@
 //
 // Both work alike: the signal handler rewrites the interrupted thread's registers so that, on return, it runs
 // abandon(worker) on a spare stack, which goes back to the scheduler. A fault is always taken so. A request to
-// stop is taken so only when the interrupted instruction is the kernel's own; inside the C library or this engine
-// it could leave a lock behind, so a flag is left there instead and the sender tries again.
+// stop is taken so only when the interrupted instruction is the kernel's own; inside the C library or this engine it
+// could leave a lock behind, so there it is ignored, and the sender tries again until it hits.
 #pragma once
 
 #include <signal.h>
@@ -68,7 +68,6 @@ inline void on_signal(int signal, siginfo_t* info, void* context) {
   auto* c = static_cast<ucontext_t*>(context);
   Fiber* f = w ? w->current : nullptr;
   if (f && signal == kStopSignal) {
-    w->interrupted = true;
     if (!w->run.text.contains(reinterpret_cast<uintptr_t>(interrupted_pc(c)))) return;
     w->begin_error(f, EMU_STOPPED, interrupted_pc(c));
     return continue_in_abandon(c, w);

@@ -21,9 +21,9 @@ struct Order {
   uint32_t floor = 1;
   std::vector<uint32_t> known;  // [warp][lane a][lane b]
 
-  void reset(unsigned threads) {
+  void reset(unsigned threads, bool checked) {
     clock = floor = 1;
-    known.assign((threads + 31) / 32 * 1024, 0);
+    if (checked) known.assign((threads + 31) / 32 * 1024, 0);
   }
   // The lanes `here` of a warp have met, at the present clock: each now knows what any of them knew.
   void merge(uint32_t warp, uint32_t here) {

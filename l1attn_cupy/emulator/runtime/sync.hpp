@@ -141,7 +141,6 @@ EmuIndex emu_grid_dim() { return {emu::this_worker()->run.launch.grid, 1, 1}; }
 
 int emu_barrier(const EmuSite* site, EmuVote vote, int predicate) {
   emu::Fiber* f = emu::this_fiber();
-  if (f->worker->interrupted) emu::fail_text(f, EMU_STOPPED, EMU_PC, nullptr, 0, "");
   f->site = site;
   f->vote = static_cast<uint8_t>(vote);
   f->value = predicate;
@@ -152,7 +151,6 @@ int emu_barrier(const EmuSite* site, EmuVote vote, int predicate) {
 
 unsigned long long emu_warp(const EmuSite* site, EmuWarpOp op, unsigned mask, unsigned long long value, int lane) {
   emu::Fiber* f = emu::this_fiber();
-  if (f->worker->interrupted) emu::fail_text(f, EMU_STOPPED, EMU_PC, nullptr, 0, "");
   if (!(mask >> f->lane() & 1u)) {
     char text[160];
     snprintf(text, sizeof text, "%s with mask 0x%08x, which leaves out the calling lane %u", site->what, mask,

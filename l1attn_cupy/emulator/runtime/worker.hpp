@@ -91,7 +91,6 @@ struct Worker {
   pthread_t os_thread{};
   void* scheduler = nullptr;    // the stack pointer of run_block while a fiber runs
   Fiber* volatile current = nullptr;  // volatile: read by the signal handler
-  volatile bool interrupted = false;  // set by the signal handler, polled by checks and barriers
 
   unsigned block = 0, threads = 0, alive = 0;
   StackArena* stacks = nullptr;

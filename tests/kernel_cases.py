@@ -1,0 +1,145 @@
+"""The CUDA kernels one by one, for whatever can run them: which there are, how to call one, and what it may be off by."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import LENGTHS
+
+import l1attn_cupy as l1
+from l1attn_cupy import reference, testing
+from l1attn_cupy.cuda import registry
+from l1attn_cupy.cuda.registry import Variant
+
+
+class Kernel(NamedTuple):
+    """A ``@variant`` line and one of its dtypes."""
+
+    variant: Variant
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.variant.name}:{self.variant.line}-{self.dtype}"
+
+    def takes(self, length_q: int, length_k: int, channels: int) -> bool:
+        """Whether a call by this variant's name with these sizes comes to this line of its file."""
+        sizes = {"q": length_q, "k": length_k, "e": channels}
+        candidates = [v for v in registry.variants(self.variant.op) if v.name == self.variant.name]
+        return next((v for v in candidates if v.fits(self.dtype, sizes)), None) == self.variant
+
+    @property
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """The sizes (L, S, E) of `LENGTHS` that come to this line: all in float32, half of them in other dtypes."""
+        return [s for s in LENGTHS[:: 1 if self.dtype == "float32" else 2] if self.takes(*s)]
+
+    @property
+    def length_q(self) -> int:
+        """A number of queries that comes to this line."""
+        return next(length for length in (97, 33) if self.takes(length, 65, 64))
+
+    @property
+    def deterministic(self) -> bool:
+        return not self.variant.atomic
+
+
+KERNELS = [Kernel(variant, dtype) for variant in registry.variants() for dtype in variant.dtypes]
+
+
+def each(op: str):
+    """Parametrize ``kernel`` with all kernels of an op."""
+    return pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.variant.op == op], ids=str)
+
+
+class Machine(NamedTuple):
+    """What runs kernels: a backend, and where its arrays are."""
+
+    backend: str
+    device: str
+
+    def scores(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, **options: Any) -> torch.Tensor:
+        """By this very kernel, from arrays anywhere; the result is on the CPU."""
+        assert kernel.takes(query.shape[-2], key.shape[-2], query.shape[-1])
+        result = l1.l1_scores(
+            *self.own(query, key), backend=self.backend, variant=kernel.variant.name, **options
+        )
+        return result.cpu()
+
+    def gradients(
+        self,
+        kernel: Kernel,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the gradients."""
+        assert kernel.takes(query.shape[-2], key.shape[-2], query.shape[-1])
+        saved = None if scores is None else self.own(scores)[0]
+        dquery, dkey = l1.l1_scores_backward(
+            *self.own(grad, query, key),
+            scores=saved,
+            backend=self.backend,
+            variant=kernel.variant.name,
+            **options,
+        )
+        return dquery.cpu(), dkey.cpu()
+
+    def own(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors where this machine wants them; those that are there stay as they are, strides and all."""
+        return [tensor.to(self.device) for tensor in tensors]
+
+
+@functools.lru_cache(maxsize=256)
+def problem(
+    query_shape: tuple[int, ...], key_shape: tuple[int, ...], dtype: str, ties: bool = False, **options: Any
+) -> testing.Expected:
+    """Inputs and what should come of them: computed once for all kernels."""
+    query, key, grad = testing.inputs(query_shape, key_shape, dtype, ties=ties)
+    return testing.Expected(query, key, grad, **options)
+
+
+def assert_scores(machine: Machine, kernel: Kernel, expected: testing.Expected) -> torch.Tensor:
+    """Run the kernel on the inputs of ``expected``; returns the scores, which are within their bound."""
+    result = machine.scores(kernel, expected.query, expected.key, **expected.options)
+    if kernel.variant.name == "half2":
+        agreement = expected.scores(result)
+        assert agreement.error <= half2_bound(kernel.variant, expected), agreement
+    else:
+        expected.assert_scores(result)
+    return result
+
+
+def assert_gradients(machine: Machine, kernel: Kernel, expected: testing.Expected) -> None:
+    """Run the kernel with the scores saved, and without: both pairs of gradients are within their bounds."""
+    saved = l1.l1_scores(expected.query, expected.key, **expected.options)
+    for scores in (saved, None):
+        gradients = machine.gradients(
+            kernel, expected.grad, expected.query, expected.key, scores, **expected.options
+        )
+        expected.assert_gradients(*gradients)
+
+
+def half2_bound(variant: Variant, expected: testing.Expected) -> float:
+    """Worst case, relative to the score, of differences and partial sums in float16.
+
+    With u = 2**-11, half a step of float16: a difference is rounded once, and passes through as many additions, less
+    one, as there are pairs in a chunk of BLOCK_E channels (the first is to 0, and exact). No term is negative, so the
+    sum is off by no more than the worst term. Chunks are added up in float32, where each takes two roundings; eight
+    more are scale, eps and F, which may be 2 ulp off. F turns a relative error e of x into one of x * e / (eps + x),
+    less than e, or into exp(x * e) - 1. At last the result is rounded to float16.
+    """
+    u16, u32 = 2.0**-11, 2.0**-24
+    pairs = variant.parameters["BLOCK_E"] // 2
+    chunks = math.ceil(expected.query.shape[-1] / variant.parameters["BLOCK_E"])
+    error = (1 + u16) ** pairs * (1 + u32) ** (2 * chunks + 8) - 1
+    if expected.options.get("score") == "laplacian":
+        x = reference.l1_scores(expected.query, expected.key, **{**expected.options, "score": "distance"})
+        error = math.expm1(error * x.nan_to_num(0, 0).max().item()) if x.numel() else error
+    else:
+        error = error / (1 - error)
+    return (1 + error) * (1 + u16) - 1

@@ -1,0 +1,106 @@
+"""The scripts from the command line: their help, their tables, their exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from child import ROOT, start
+
+from l1attn_cupy import config
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``scripts/name``."""
+    return start(RUN_SCRIPT, name, *arguments)
+
+
+RUN_SCRIPT = """
+import runpy, sys
+sys.argv = [f"scripts/{sys.argv[1]}", *sys.argv[2:]]
+sys.path.insert(1, "scripts")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["check.py", "train_digits.py", "bench.py"])
+def test_scripts_help(name):
+    """It explains every option."""
+    done = script(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert "--help" in done.stdout
+
+
+@pytest.mark.slow
+def test_check_all_ok():
+    """A row for every score, dtype and kind of input; every one of them ok."""
+    done = script("check.py", "--backend", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("cpu ")]
+    assert len(rows) == 4 * 4 * 2
+    assert all(row.endswith("   ok") for row in rows)
+    assert done.stdout.endswith("\nAll ok.\n")
+
+
+BREAK = {
+    "scores a little off": """
+        from l1attn_cupy import run
+        right = run.scores
+        run.scores = lambda call, query, key: right(call, query, key) * 1.05
+    """,
+    "NaN in one place": """
+        from l1attn_cupy import run
+        right = run.scores
+
+        def wrong(call, query, key):
+            result = right(call, query, key)
+            result.view(-1)[0] = float("nan")
+            return result
+
+        run.scores = wrong
+    """,
+    "gradients exchanged": """
+        from l1attn_cupy import run
+        right = run.scores_backward
+        run.scores_backward = lambda *arguments: tuple(-gradient for gradient in right(*arguments))
+    """,
+    "an exception": """
+        from l1attn_cupy import run
+
+        def wrong(*arguments):
+            raise RuntimeError("broken")
+
+        run.scores = wrong
+    """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", BREAK)
+def test_check_notices(damage):
+    """Exit status 1 and a row that says so."""
+    code = textwrap.dedent(BREAK[damage]) + RUN_SCRIPT.replace(
+        "runpy.run", "sys.modules['l1attn_cupy.functions'].SCORES.pop('laplacian'); runpy.run"
+    )
+    done = start(code, "check.py", "--backend", "cpu")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "NOT OK" in done.stdout
+
+
+def test_check_missing_backend():
+    """One that was asked for and is not there is an error that says why, not a silent success."""
+    missing = [backend for backend in config.backends() if backend.missing]
+    if not missing:
+        pytest.skip("every backend can be used here")
+    done = script("check.py", "--backend", missing[0].name)
+    assert done.returncode == 2
+    assert f"the {missing[0].name} backend cannot be used here: {missing[0].missing}"[:60] in done.stderr
+
+
+def test_check_unknown_backend():
+    done = script("check.py", "--backend", "gpu")
+    assert done.returncode == 2
+    assert "--backend must be one of cpu, cuda, emulator, got gpu" in done.stderr

@@ -147,9 +147,10 @@ __device__ __forceinline__ void apply_score(acc_t (&out)[N], int score, acc_t sc
     }
 }
 
-// Whether an "inverse" score is so near its pole that |h| may dwarf all others: x < 31 * eps.
-__device__ __forceinline__ bool near_pole(acc_t s, int score, double eps) {
-    return score == INVERSE && s > 1 / (32 * (acc_t)eps);
+// Whether two rows are so nearly equal that |h| may dwarf that of all others, while most channels tie: x < 31 * eps for
+// "inverse", x < 0.03 for "laplacian".
+__device__ __forceinline__ bool nearly_equal(acc_t s, int score, double eps) {
+    return (score == INVERSE && s > 1 / (32 * (acc_t)eps)) || (score == LAPLACIAN && s > (acc_t)0.97);
 }
 
 // F'(x), from the score F(x) itself.

@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
         if (i < q_count && j < k_count) {
             const acc_t s = to_acc(scores[i * t.scores.row_stride + j]);
             value = to_acc(grad[i * t.grad.row_stride + j]) * (acc_t)p.scale * derivative_of(s, p.score);
-            fast = fast && finite(value) && !near_pole(s, p.score, p.eps);
+            fast = fast && finite(value) && !nearly_equal(s, p.score, p.eps);
         }
         h[j][i] = value;
     }

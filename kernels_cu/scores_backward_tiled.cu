@@ -8,7 +8,7 @@
 //
 // With t = half_step(x - y), sum h * sign = 2 * sum h * t - sum h: three instructions a term and no branch. Where all
 // channels tie the two sums cancel exactly, being rounded alike; where some do, what is lost is in proportion to the
-// largest |h| of the row. So chunks in which two rows are nearly equal (|h| near its pole), or anything is not finite,
+// largest |h| of the row. So chunks in which two rows are nearly equal, or anything is not finite,
 // go a slower way that is exact in ties and spreads NaN and infinity as the formula does.
 //
 // @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3 rank=20
@@ -82,7 +82,7 @@ struct Chunk {
                 const acc_t s = to_acc(scores[n].at[i]);
                 const acc_t value = to_acc(grad[n].at[i]) * (acc_t)p.scale * derivative_of(s, p.score);
                 zero = multiply_add(value, 0, zero);
-                fast = fast && !near_pole(s, p.score, p.eps);
+                fast = fast && !nearly_equal(s, p.score, p.eps);
                 h[x_is_row ? c + i : r][x_is_row ? r : c + i] = value;
             }
         }

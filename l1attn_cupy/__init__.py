@@ -8,7 +8,7 @@
 Importing this package imports NumPy alone; Numba, torch and CuPy follow when a call needs them.
 """
 
-from .api import l1_scores, l1_scores_backward, show_config
+from .api import l1_scores, l1_scores_backward, show_config, variants
 
-__all__ = ["l1_scores", "l1_scores_backward", "show_config"]
+__all__ = ["l1_scores", "l1_scores_backward", "show_config", "variants"]
 __version__ = "0.1.0"

@@ -61,10 +61,6 @@ def l1_scores(
     In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
     computed from the result, which is all that is kept for the backward pass.
 
-    References
-    ----------
-    The score and its default F: T. Hannagan, "l1attn", https://github.com/m0nad0/l1attn_cuda.
-
     Examples
     --------
     >>> import numpy as np
@@ -128,8 +124,8 @@ def l1_scores_backward(
     Examples
     --------
     >>> import numpy as np
-    >>> dquery, dkey = l1_scores_backward(np.ones((1, 1)), np.array([[2.0, 1.0]]), np.array([[0.0, 1.0]]), score="distance")
-    >>> dquery, dkey
+    >>> query, key = np.array([[2.0, 1.0]]), np.array([[0.0, 1.0]])
+    >>> l1_scores_backward(np.ones((1, 1)), query, key, score="distance")
     (array([[1., 0.]]), array([[-1.,  0.]]))
     """
     if arrays.is_torch(query) or arrays.is_torch(key):
@@ -146,6 +142,37 @@ def l1_scores_backward(
     call = plan.scores(arrays.describe(q), arrays.describe(k), score, scale, eps, backend, variant)
     dquery, dkey = run.scores_backward(call, grad, q, k, saved)
     return arrays.give_back(dquery, query), arrays.give_back(dkey, key)
+
+
+def variants(op: str | None = None) -> list[Any]:
+    """Kernel variants for the backends "cuda" and "emulator", those that are preferred first.
+
+    Parameters
+    ----------
+    op : str, optional
+        "scores_forward" or "scores_backward"; by default both.
+
+    Returns
+    -------
+    list
+        One record for each ``@variant`` line, with the attributes ``op``, ``name`` (what ``variant=`` takes), ``path``
+        and ``line`` (where it comes from), ``dtypes``, ``parameters``, ``rank`` and ``limits``.
+
+    Raises
+    ------
+    ValueError
+        ``op`` is not an op.
+    KernelError
+        A kernel file has a header that cannot be read; file and line are named.
+
+    Examples
+    --------
+    >>> [variant.name for variant in variants("scores_backward")]
+    ['tiled', 'tiled', 'gather', 'scatter']
+    """
+    from .cuda import registry
+
+    return registry.variants(op)
 
 
 def show_config() -> None:

@@ -15,7 +15,7 @@ from . import arrays, plan, run
 from .functions import CURVED
 from .plan import Plan
 
-_library = torch.library.Library("l1attn", "DEF")  # noqa: TOR901 - lives as long as the process
+_library = torch.library.Library("l1attn", "DEF")  # lives as long as the process
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _OPTIONS = "str score, float scale, float eps, str? backend, str? variant"
 _library.define(f"scores(Tensor query, Tensor key, {_OPTIONS}) -> Tensor", tags=_TAGS)

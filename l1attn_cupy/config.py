@@ -23,13 +23,22 @@ class Backend(NamedTuple):
 def backends() -> list[Backend]:
     """All backends, and which of them can be used here."""
     from .cuda import compiler
-    from .emulator import toolchain
 
     return [
         Backend("cpu", "cpu", ""),
         Backend("cuda", "cuda", compiler.missing()),
-        Backend("emulator", "cpu", toolchain.missing()),
+        Backend("emulator", "cpu", _emulator_missing()),
     ]
+
+
+def _emulator_missing() -> str:
+    from .emulator import errors, toolchain
+
+    try:
+        toolchain.find_compiler()
+    except errors.EmulatorCompileError as error:
+        return str(error)
+    return ""
 
 
 def report() -> str:

@@ -2,7 +2,7 @@
 
 INVERSE, NEGATIVE, LAPLACIAN, DISTANCE = range(4)
 
-#: Name of each score and its code. With ``x = scale * sum_k |q_k - k_k|``: ``1 / (eps + x)``, ``-x``, ``exp(-x)``, ``x``.
+#: Name and code of each: ``1 / (eps + x)``, ``-x``, ``exp(-x)`` and ``x``, with ``x = scale * sum_k |q_k - k_k|``.
 SCORES = {"inverse": INVERSE, "negative": NEGATIVE, "laplacian": LAPLACIAN, "distance": DISTANCE}
 
 #: Scores whose derivative depends on the score: the backward pass needs the forward result, or the distance again.

@@ -63,9 +63,7 @@ class Machine(NamedTuple):
     def scores(self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, **options: Any) -> torch.Tensor:
         """By this very kernel, from arrays anywhere; the result is on the CPU."""
         assert kernel.takes(query.shape[-2], key.shape[-2], query.shape[-1])
-        result = l1.l1_scores(
-            *self.own(query, key), backend=self.backend, variant=kernel.variant.name, **options
-        )
+        result = l1.l1_scores(*self.own(query, key), backend=self.backend, variant=kernel.variant.name, **options)
         return result.cpu()
 
     def gradients(
@@ -118,9 +116,7 @@ def assert_gradients(machine: Machine, kernel: Kernel, expected: testing.Expecte
     """Run the kernel with the scores saved, and without: both pairs of gradients are within their bounds."""
     saved = l1.l1_scores(expected.query, expected.key, **expected.options)
     for scores in (saved, None):
-        gradients = machine.gradients(
-            kernel, expected.grad, expected.query, expected.key, scores, **expected.options
-        )
+        gradients = machine.gradients(kernel, expected.grad, expected.query, expected.key, scores, **expected.options)
         expected.assert_gradients(*gradients)
 
 

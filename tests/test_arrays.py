@@ -108,13 +108,13 @@ def test_scores_foreign_that_lends_nothing(foreign_module):
     """A library's refusal to export is passed on with the name of the argument."""
     query, key, _ = numbers()
     unwilling = ForeignArray(torch.from_numpy(query).requires_grad_())
-    with pytest.raises(TypeError, match="query must be an array whose memory DLPack can lend, got foreign.arrays"):
+    with pytest.raises(TypeError, match=r"query must be an array whose memory DLPack can lend, got foreign.arrays"):
         l1.l1_scores(unwilling, ForeignArray(key))
 
 
 def test_scores_foreign_integers(foreign_module):
     query, key, _ = numbers()
-    with pytest.raises(TypeError, match="query must have one of the dtypes .*, got int32"):
+    with pytest.raises(TypeError, match=r"query must have one of the dtypes .*, got int32"):
         l1.l1_scores(ForeignArray(query.astype(np.int32)), ForeignArray(key))
 
 
@@ -133,7 +133,7 @@ def test_scores_ml_dtypes_bfloat16():
 def test_scores_other_ml_dtypes():
     """8-bit floats are refused, not read as something else."""
     x = np.zeros((3, 4), ml_dtypes.float8_e4m3fn)
-    with pytest.raises(TypeError, match="query must have one of the dtypes .*, got float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"query must have one of the dtypes .*, got float8_e4m3fn"):
         l1.l1_scores(x, x)
 
 

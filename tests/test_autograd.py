@@ -175,7 +175,7 @@ def test_autograd_forward_mode_raises():
     query, key, _ = testing.inputs((3, 4), (5, 4), "float64")
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(query, torch.ones_like(query))
-        with pytest.raises(Exception, match="forward (mode )?AD"):
+        with pytest.raises(Exception, match=r"forward (mode )?AD"):
             l1.l1_scores(dual, key)
 
 
@@ -183,7 +183,7 @@ def test_autograd_functional_transforms_raise():
     query, key, _ = testing.inputs((2, 3, 4), (2, 5, 4), "float64")
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda q: l1.l1_scores(q, key).sum())(query)
-    with pytest.raises(Exception, match="functorch transforms|forward (mode )?AD"):
+    with pytest.raises(Exception, match=r"functorch transforms|forward (mode )?AD"):
         torch.func.jvp(lambda q: l1.l1_scores(q, key), (query,), (query,))
 
 

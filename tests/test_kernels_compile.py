@@ -38,8 +38,11 @@ def resources(variant, dtype, arch):
 @pytest.fixture(scope="module")
 def compiled(request):
     """Results to come of `resources`, for the tests that were asked for: two processes work ahead."""
-    calls = [item.callspec.params for item in request.session.items if item.fspath == request.node.fspath
-             and "arch" in getattr(getattr(item, "callspec", None), "params", {})]
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if item.fspath == request.node.fspath and "arch" in getattr(getattr(item, "callspec", None), "params", {})
+    ]
     context = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=context) as pool:
         jobs: dict[tuple, Future] = {}

@@ -14,9 +14,6 @@ from kernel_cases import Kernel, Machine, assert_gradients, assert_scores, each,
 
 import l1attn_cupy as l1
 from l1attn_cupy import reference, testing
-from l1attn_cupy.emulator import toolchain
-
-pytestmark = pytest.mark.skipif(bool(toolchain.missing()), reason=toolchain.missing() or "-")
 
 EMULATOR = Machine("emulator", "cpu")
 
@@ -126,7 +123,9 @@ def test_scores_backward_mostly_tied_channel(kernel):
     for gradient, expected, size in zip(
         EMULATOR.gradients(kernel, grad, query, key), exact, (h.abs().sum(1), h.abs().sum(0)), strict=True
     ):
-        accumulated, stored = (torch.float64, torch.float64) if kernel.dtype == "float64" else (torch.float32, query.dtype)
+        accumulated, stored = (
+            (torch.float64, torch.float64) if kernel.dtype == "float64" else (torch.float32, query.dtype)
+        )
         terms = 2 * max(query.shape[0], key.shape[0])
         rounding = 4 * torch.finfo(stored).eps  # of the saved scores, of grad * F', and of the result
         bound = size.unsqueeze(-1) * (terms * torch.finfo(accumulated).eps) + expected.abs() * rounding
@@ -228,7 +227,9 @@ def test_scores_forward_rows_of_odd_length(kernel):
     """Each row is aligned otherwise than the one before it, in query, key and the result."""
     for channels, length_k in ((63, 33), (1, 65), (7, 63)):
         call = options("inverse", channels)
-        assert_scores(EMULATOR, kernel, problem((kernel.length_q, channels), (length_k, channels), kernel.dtype, **call))
+        assert_scores(
+            EMULATOR, kernel, problem((kernel.length_q, channels), (length_k, channels), kernel.dtype, **call)
+        )
 
 
 def lengthened(kernel, shapes):

@@ -162,7 +162,7 @@ def test_scores_backward_wrong_tensor(case, name):
 
 def test_scores_backward_grad_is_none():
     for x in (X, T):
-        with pytest.raises(TypeError, match="grad_scores must be a NumPy .* array that speaks DLPack, got NoneType"):
+        with pytest.raises(TypeError, match=r"grad_scores must be a NumPy .* array that speaks DLPack, got NoneType"):
             l1.l1_scores_backward(None, x, x)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 
 import pytest
-from child import ROOT, start
+from child import start
 
 from l1attn_cupy import config
 

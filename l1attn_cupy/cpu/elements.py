@@ -118,7 +118,7 @@ def store_rows(source, half, rows, columns, target, dtype, row_stride, column_st
     ``target`` is an address, ``half`` a uint16 array of the shape of ``source`` for 16-bit results, ``stream`` whether
     to write past the caches (see `vector.stream_vector`).
     """
-    if dtype == FLOAT16 or dtype == BFLOAT16:
+    if dtype in (FLOAT16, BFLOAT16):
         values, bits = source.ravel(), half.ravel()
         if dtype == FLOAT16:
             for i in range(values.size):

@@ -14,7 +14,7 @@ _HUGE_PAGE = 1 << 21
 
 
 def advise(address: int, nbytes: int) -> None:
-    """Ask Linux to back the memory with huge pages when it is first written; elsewhere, and if it cannot, do nothing."""
+    """Ask Linux to back the memory with huge pages when it is first written; elsewhere do nothing."""
     if nbytes < _LARGE:
         return
     madvise = _madvise()

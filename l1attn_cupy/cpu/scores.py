@@ -178,7 +178,7 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
     x_blocks, y_blocks = _blocks(length_x, x_block), _blocks(length_y, Y_BLOCK)
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = _blocks(channels, width) * width
-    curved = score == INVERSE or score == LAPLACIAN
+    curved = score in (INVERSE, LAPLACIAN)
     anew = curved and scores.data == 0
     tile_shape = (x_block, Y_BLOCK) if x_is_row else (Y_BLOCK, x_block)
     for run in prange(runs):

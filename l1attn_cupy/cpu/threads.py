@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import sys
 import threading
@@ -58,7 +59,7 @@ def _load_tbb() -> bool:
 
 def _has_tbb_pool() -> bool:
     try:
-        from numba.np.ufunc import tbbpool  # noqa: F401
+        importlib.import_module("numba.np.ufunc.tbbpool")
     except ImportError:
         return False
     return True

@@ -13,6 +13,7 @@ The arrays are C-contiguous scratch arrays of the accumulation type, float32 or 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -57,7 +58,7 @@ def scatter_rows(itemsize: int) -> int:
     return min(8 if _has_32_registers() else 4, panel_width(itemsize))
 
 
-def _itemsize(array_type: types.Array) -> int:
+def _itemsize(array_type: Any) -> int:
     return array_type.dtype.bitwidth // 8
 
 

@@ -45,7 +45,9 @@ def _compile(text: str, entry: str, defines: tuple[tuple[str, int], ...], device
             f"the kernel {entry} does not compile for sm_{architecture} with {' '.join(options)}:\n{error}"
         ) from None
     except cupy.cuda.driver.CUDADriverError as error:
-        raise KernelError(f"the kernel has no entry point 'extern \"C\" __global__ void {entry}(...)': {error}") from None
+        raise KernelError(
+            f"the kernel has no entry point 'extern \"C\" __global__ void {entry}(...)': {error}"
+        ) from None
     except (ImportError, RuntimeError, OSError) as error:
         raise KernelError(
             f"CuPy cannot compile CUDA code here: {error}. NVRTC and the CUDA headers come with "

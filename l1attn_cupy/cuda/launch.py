@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def _scores_forward(_generation: int, plan: Plan) -> Launch:
     args["length_q"], args["length_k"], args["channels"] = plan.length_q, plan.length_k, plan.channels
     _fill_options(args, plan)
     blocks = _tiles(plan.length_q, variant, "BLOCK_Q") * _tiles(plan.length_k, variant, "BLOCK_K")
-    places = {name: _SCORES_FORWARD.fields[field][1] for name, field in (("query", "q"), ("key", "k"), ("out", "out"))}
+    places = {name: _offset(_SCORES_FORWARD, field) for name, field in (("query", "q"), ("key", "k"), ("out", "out"))}
     return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places.items())
 
 
@@ -115,10 +116,15 @@ def _scores_backward(
     blocks = [_fill_gradient(args[field], plan, variant, x, y, grad, saved, need) for field, x, y, need in sides]
     places = []
     for side, own, other in (("dq", "query", "key"), ("dk", "key", "query")):
-        start = _SCORES_BACKWARD.fields[side][1]
+        start = _offset(_SCORES_BACKWARD, side)
         names = {"x": own, "y": other, "grad": "grad", "scores": "scores", "dx": f"d{own}"}
-        places += [(name, start + _GRADIENT.fields[field][1]) for field, name in names.items()]
+        places += [(name, start + _offset(_GRADIENT, field)) for field, name in names.items()]
     return _launch(variant, plan, args, max(blocks) if variant.atomic else sum(blocks), places)
+
+
+def _offset(struct_type: np.dtype, field: str) -> int:
+    """Bytes before ``field``; the address of a Matrix is its first field."""
+    return cast(Mapping, struct_type.fields)[field][1]
 
 
 def _fill_gradient(

@@ -23,9 +23,8 @@ extern "C" __global__ void undefined(const UndefinedArgs args) {
 #elif MODE == 5
   if (t == 5) assert(args.zero == 1);
 #elif MODE == 6
-  volatile char big[200000];  // more local memory than there is
+  volatile char big[200000];  // more local memory than there is, and only its far end is used
   big[t] = 1;
-  for (int i = 0; i < 200000; i += 1000) big[i] = 1;
   args.out[t] = big[t];
 #elif MODE == 7
   *reinterpret_cast<int*>(16) = t;
@@ -51,8 +50,8 @@ extern "C" __global__ void undefined(const UndefinedArgs args) {
 #elif MODE == 15
   if (t == 0) atomicAdd(reinterpret_cast<int*>(reinterpret_cast<char*>(args.out) + 2), 1);
 #elif MODE == 16
-  volatile int x = 0;  // the lowest block is the last to fail
-  for (int i = 0; blockIdx.x == 0 && i < 10000000; ++i) x = i;
+  volatile int x = 0;
+  for (int i = 0; blockIdx.x == args.zero && i < 10000000; ++i) x = i;  // this block is the last to fail
   if (t == 0) args.out[64 + blockIdx.x] = x;
 #endif
 }

@@ -167,21 +167,16 @@ def _exp_float32(x):
 
 
 @kernel()
-def apply_score(tile, score, scale, eps):
-    """``tile = F(scale * tile)``, in place."""
+def apply_score(tile, score, scale):
+    """``tile = F(scale * tile)``, in place, for all F but "inverse" (see `vector.invert`)."""
     flat = tile.ravel()
-    if score == INVERSE:
-        for i in range(flat.size):
-            flat[i] = 1 / (eps + scale * flat[i])
-    elif score == NEGATIVE:
-        for i in range(flat.size):
-            flat[i] = -(scale * flat[i])
-    elif score == LAPLACIAN:
+    if score == LAPLACIAN:
         for i in range(flat.size):
             flat[i] = exp(-(scale * flat[i]))
     else:
+        factor = -scale if score == NEGATIVE else scale
         for i in range(flat.size):
-            flat[i] = scale * flat[i]
+            flat[i] = factor * flat[i]
 
 
 @kernel()

@@ -18,7 +18,7 @@ from numba import prange
 from ..functions import INVERSE, LAPLACIAN
 from .elements import apply_derivative, apply_score, load_rows, store_rows
 from .jit import kernel
-from .vector import fence, lanes, pack, panel_width, scatter_rows, sign_scatter, sum_abs_diff
+from .vector import fence, invert, lanes, pack, panel_width, scatter_rows, sign_scatter, sum_abs_diff
 
 #: Channels summed in one run of `sum_abs_diff`. A longer row is a sum of such partial sums, so that its rounding error
 #: does not grow with the number of channels.
@@ -72,14 +72,18 @@ def _load_panels(source, dtype, itemsize, matrix, rows, channels, scratch, panel
 
 
 @kernel()
-def _distances(q_panels, q_index, k_panels, k_count, channels, tile):
-    """Distances between the rows of one panel of queries and of ``k_count`` panels of keys."""
+def _scores(q_panels, q_index, k_panels, k_count, channels, tile, score, scale, eps):
+    """Scores of the rows of one panel of queries and of ``k_count`` panels of keys."""
     width = tile.shape[0]
     for p in range(k_count):
         sum_abs_diff(q_panels, q_index, k_panels, p, 0, min(CHANNELS_PER_SUM, channels), tile, p * width)
         for first in range(CHANNELS_PER_SUM, channels, CHANNELS_PER_SUM):
             count = min(CHANNELS_PER_SUM, channels - first)
             sum_abs_diff(q_panels, q_index, k_panels, p, first, count, tile, p * width)
+        if score == INVERSE:
+            invert(tile, p * width, scale, eps)
+    if score != INVERSE:
+        apply_score(tile, score, scale)
 
 
 def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars, stream):
@@ -113,8 +117,8 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars, s
                 source = keys + j0 * k.row * itemsize
                 _load_panels(source, dtype, itemsize, k, columns, channels, scratch, k_panels)
                 for p in range(_blocks(rows, width)):
-                    _distances(q_panels, p, k_panels, _blocks(columns, width), channels, tile)
-                    apply_score(tile, score, scalars[0], scalars[1])
+                    k_count = _blocks(columns, width)
+                    _scores(q_panels, p, k_panels, k_count, channels, tile, score, scalars[0], scalars[1])
                     place = target + (p * width * out.row + j0 * out.column) * itemsize
                     count = min(width, rows - p * width)
                     store_rows(tile, half, count, columns, place, dtype, out.row, out.column, stream)
@@ -126,9 +130,8 @@ def _score_tile(row_panels, column_panels, channels, strip, scores, score, scale
     """Scores of a block of x against a block of y, computed anew."""
     width = strip.shape[0]
     for p in range(scores.shape[0] // width):
-        _distances(row_panels, p, column_panels, scores.shape[1] // width, channels, strip)
+        _scores(row_panels, p, column_panels, scores.shape[1] // width, channels, strip, score, scale, eps)
         scores[p * width : (p + 1) * width] = strip
-    apply_score(scores, score, scale, eps)
 
 
 @kernel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -34,6 +33,13 @@ SEEDS = range(4)
 needs_cuda_headers = pytest.mark.skipif(
     not toolchain.cuda_include_dirs(), reason="no cuda_fp16.h: pip install nvidia-cuda-runtime-cu12"
 )
+
+
+def python(code):
+    """Start a Python that runs `code`, with this file imported as t."""
+    here = Path(__file__).parent
+    start = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\nimport test_emulator_engine as t\n"
+    return subprocess.Popen([sys.executable, "-c", start + code])
 
 
 def text_of(file):
@@ -368,7 +374,7 @@ def test_regions_may_overlap():
     kernel.launch(8, 128, args, memory=memory)
     np.testing.assert_array_equal(outputs["out"][1:], (inputs["a"] + inputs["b"])[:-1])
     args = struct.pack("@3Q3i0Q", *(a.ctypes.data for a in arrays), 1000, 0, 0)
-    with pytest.raises(EmulatorError, match="read-only memory: out.*byte offset 0 of 4000"):
+    with pytest.raises(EmulatorError, match=r"read-only memory: out.*byte offset 0 of 4000"):
         kernel.launch(8, 128, args, memory=memory)
 
 
@@ -517,6 +523,14 @@ def test_time_limit_not_reached():
     run(build("vector.cu", "add"), 8, 128, inputs, outputs, (1000, 0, 0), time_limit=60.0)
 
 
+def test_time_limit_between_blocks():
+    """Blocks that each end at once, and too many of them."""
+    inputs, outputs = vectors()
+    kernel = build("vector.cu", "add", check=False)
+    message = failure(kernel, 2**31 - 1, 1, inputs, outputs, (0, 0, 0), time_limit=0.1)
+    assert "still running after the time limit of 0.1 s" in message
+
+
 def test_interrupt_stops_a_kernel():
     """Ctrl-C during a launch raises KeyboardInterrupt, and the kernel is gone."""
     kernel = build("spin.cu", check=False, MODE=0)
@@ -527,18 +541,9 @@ def test_interrupt_stops_a_kernel():
     timer.join()
 
 
-def signal_actions():
-    """What the C library does on the signals that a launch handles itself."""
-    actions = [ctypes.create_string_buffer(256) for _ in range(4)]
-    for number, action in zip((signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGURG), actions, strict=True):
-        assert ctypes.CDLL(None).sigaction(int(number), None, action) == 0
-    return [action.raw for action in actions]
-
-
 def test_usable_after_every_error():
     """Errors of all kinds one after another, on several OS threads, then a right kernel."""
     good = build("vector.cu", "add")
-    handlers = signal_actions()
     for mode in (1, 6, 7):
         for check in (True, False):
             failure(build("undefined.cu", check=check, MODE=mode), 5, 32, {}, {"out": np.zeros(64, np.int32)}, (1, 0))
@@ -549,7 +554,22 @@ def test_usable_after_every_error():
     inputs, outputs = vectors()
     run(good, 8, 128, inputs, outputs, (1000, 0, 0))
     np.testing.assert_array_equal(outputs["out"], inputs["a"] + inputs["b"])
-    assert signal_actions() == handlers
+
+
+def test_signal_handlers_are_restored():
+    """In a process of its own, where no launch has been before."""
+    code = (
+        "import ctypes\n"
+        "def handlers():\n"
+        "    actions = [ctypes.create_string_buffer(256) for _ in range(65)]\n"
+        "    for number in range(1, 65): ctypes.CDLL(None).sigaction(number, None, actions[number])\n"
+        "    return [action.raw[:8] for action in actions]\n"
+        "before = handlers()\n"
+        "t.test_vector_result('add', False)\n"
+        "assert handlers() == before\n"
+    )
+    with python(code) as process:
+        assert process.wait() == 0
 
 
 def test_concurrent_launches():
@@ -608,7 +628,8 @@ def test_compile_error_shows_line_and_options():
         build("broken.cu", BLOCK=7)
     message = str(caught.value)
     assert message.startswith("kernel 'broken' does not compile: broken.cu:5:")
-    assert "no_such_name" in message and "-DBLOCK=7" in message and "-std=c++17" in message
+    assert "args.out[threadIdx.x] = no_such_name;" in message, "the compiler quotes the line"
+    assert "-DBLOCK=7" in message and "-std=c++17" in message
 
 
 def test_too_much_static_shared_memory():
@@ -679,13 +700,6 @@ def test_check_from_environment(monkeypatch):
 
 def test_parallel_processes_share_a_cache(new_cache):
     """Several processes that build the same kernel at the same time all get a whole one."""
-    code = (
-        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
-        "import test_emulator_engine as t\n"
-        "i, o = t.vectors(); t.run(t.build('vector.cu', 'add'), 8, 128, i, o, (1000, 0, 0)); print('fine')\n"
-    )
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", code, str(here), str(here.parent)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [p.communicate()[0].strip() for p in processes] == ["fine"] * 3
+    processes = [python("t.test_vector_result('add', True)") for _ in range(3)]
+    assert [p.wait() for p in processes] == [0] * 3
     assert len(list(new_cache.rglob("*"))) == 3, "the folder, the engine, and one kernel"

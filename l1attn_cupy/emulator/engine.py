@@ -6,6 +6,10 @@ memory handed to the kernel, misaligned ones, reads of uninitialised shared memo
 meet in a byte with no barrier between. An unchecked one (``check=False``, or ``L1ATTN_EMULATOR_CHECK=0``) is
 faster; there a missing barrier shows as wrong numbers.
 
+Numbers are as on the GPU but for this: denormals are flushed in float64 too; which products are fused with an
+addition is the host compiler's choice (and none is, on x86-64 before AVX2); approximate functions (``__expf``,
+``__fdividef``, ...) are computed in full; float16 and bfloat16 are rounded after each operation from float32.
+
 Environment: ``CXX`` (compiler), ``L1ATTN_CACHE_DIR``, ``L1ATTN_EMULATOR_CHECK`` (0 or 1),
 ``L1ATTN_EMULATOR_WORKERS`` (OS threads that run blocks; default: one per core).
 """

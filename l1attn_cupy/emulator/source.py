@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _UNROLL = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+unroll\b.*$", re.MULTILINE)
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_COMMENT = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])')|//[^\n]*|/\*.*?\*/""", re.DOTALL)
+_LINE = re.compile(r'^#line 1 "([^"/]+)"\n', re.MULTILINE)
 _SHARED_ALIGNAS = re.compile(r"\b__shared__(\s+)alignas\b")
 _EXTERN_SHARED = re.compile(r"\bextern\b([^;{}]*?)\b__shared__\b")
 _DYNAMIC_SHARED = re.compile(r"\bEMU_EXTERN_SHARED\b[^;{}]*?(\w+)\s*\[\s*\]\s*;")
@@ -25,16 +26,28 @@ def host_source(source: str, *, entry: str, name: str, capacity: int) -> str:
     capacity : int
         Bytes of dynamic shared memory to make room for.
     """
+    source = _COMMENT.sub(_blank, source)
     source = _UNROLL.sub("", source)  # here it would only make compilation ten times slower
     source = _SHARED_ALIGNAS.sub(r"__shared__\1__align__", source)  # alignas may not follow `static`
     source = _EXTERN_SHARED.sub(r"EMU_EXTERN_SHARED\1", source)
-    arrays = sorted({m.group(1) for m in _DYNAMIC_SHARED.finditer(_COMMENT.sub(" ", source))})
+    arrays = sorted({m.group(1) for m in _DYNAMIC_SHARED.finditer(source)})
     lines = [f'#line 1 "{name}"', source, '#line 1 "emulator"']
     if arrays:
         lines.append(_define_dynamic_shared(arrays, capacity))
     dynamic = "emu_dynamic_shared" if arrays else "nullptr"
     lines.append(f"EMU_MODULE({entry}, {dynamic})")
     return "\n".join(lines) + "\n"
+
+
+def named_files(source: str) -> dict[str, str]:
+    """The text that follows each ``#line 1 "file"``: beside the compiler's input, for it to quote from."""
+    parts = _LINE.split(source)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _blank(match: re.Match[str]) -> str:
+    """A comment as nothing but its line breaks, a string as it is: what follows must not find words in comments."""
+    return match.group(1) or "\n" * match.group().count("\n") or " "
 
 
 def _define_dynamic_shared(arrays: list[str], capacity: int) -> str:

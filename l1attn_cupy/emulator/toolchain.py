@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .abi import DYNAMIC_SHARED_CAPACITY
 from .errors import EmulatorCompileError
-from .source import host_source
+from .source import host_source, named_files
 
 _HERE = Path(__file__).parent
 _INCLUDE = _HERE / "include"
@@ -29,6 +29,8 @@ _NO_CUDA_HEADERS = "L1ATTN-EMULATOR-NEEDS-CUDA-HEADERS"  # from include/cuda_fp1
 
 _COMMON_FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -w -fvisibility=hidden -fno-exceptions -fno-rtti -fno-stack-protector "
+    # As on the GPU, char is signed.
+    "-fsigned-char "
     # A tail call would hide the line that it came from.
     "-fno-optimize-sibling-calls "
     # A thread with too much local memory must meet the guard page and not step over it.
@@ -252,7 +254,8 @@ def build_kernel(
     target = engine.parent / f"kernel-{_key(text, engine.name, *options)}.so"
     if not target.exists():
         with _scratch(target) as folder:
-            (folder / "kernel.cpp").write_text(text)
+            for file, content in {**named_files(source), "kernel.cpp": text}.items():
+                (folder / file).write_text(content)
             log = _run([*compiler.command, *options, "-c", "kernel.cpp", "-o", "kernel.o"], folder)
             if not log:
                 link = [*compiler.command, "-shared", "kernel.o", "-o", "kernel.so", str(engine), "-Wl,-z,defs"]

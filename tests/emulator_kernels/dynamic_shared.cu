@@ -12,7 +12,7 @@ __device__ float* scratch() {
 }  // namespace
 
 extern "C" __global__ void dynamic_shared(const DynamicArgs args) {
-  extern __shared__ float again[];  // the same memory: all of these begin together
+  extern __shared__ float again[];  // the same memory: all that is extern begins together
   __shared__ float fixed[32];
   const int t = threadIdx.x, n = blockDim.x, i = blockIdx.x * n + t;
   if (t < 32) fixed[t] = 1.0f;

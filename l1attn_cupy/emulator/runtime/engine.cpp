@@ -139,13 +139,13 @@ void Worker::run_block(unsigned b) {
     for (unsigned i = 0; i < run.launch.guard_count; ++i) cells[run.launch.guards[i]].writer = Cell::kExempt;
 
   while (alive > 0) {
+    if (run.cancelled) { begin_error(nullptr, EMU_STOPPED, nullptr); return; }
     for (auto i = static_cast<uint32_t>(ready.size()); i > 1; --i)
       std::swap(ready[i - 1], ready[next_random(random, i)]);
     for (const uint16_t thread : ready) {
       switch_to(fiber(thread));
       if (failed) return;
     }
-    if (run.cancelled) { begin_error(nullptr, EMU_STOPPED, nullptr); return; }
     ready.clear();
     ready.swap(released);
     if (ready.empty() && alive > 0 && !release_barrier()) return describe_divergence();
@@ -200,7 +200,7 @@ void Worker::run_blocks() {
 
   for (;;) {
     const unsigned b = run.next_block++;
-    if (b >= run.launch.grid || b > run.stop_after || run.cancelled) break;
+    if (b >= run.launch.grid || b > run.stop_after) break;
     run_block(b);
     if (!failed) continue;
     report();

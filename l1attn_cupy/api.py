@@ -131,12 +131,9 @@ def l1_scores_backward(
     if arrays.is_torch(query) or arrays.is_torch(key):
         from . import autograd
 
-        return autograd.l1_scores_backward(
-            grad_scores, query, key, scores, score, scale, eps, backend, variant
-        )
+        return autograd.l1_scores_backward(grad_scores, query, key, scores, score, scale, eps, backend, variant)
     grad, q, k = (
-        arrays.accept(name, array)
-        for name, array in (("grad_scores", grad_scores), ("query", query), ("key", key))
+        arrays.accept(name, array) for name, array in (("grad_scores", grad_scores), ("query", query), ("key", key))
     )
     saved = None if scores is None else arrays.accept("scores", scores)
     call = plan.scores(arrays.describe(q), arrays.describe(k), score, scale, eps, backend, variant)

@@ -95,9 +95,7 @@ def cached_scores(
     _check_same("dtype", "have query's dtype", query, key)
     _check_same("device", "be on query's device", query, key)
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}"
-        )
+        raise ValueError(f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}")
     options = check_options(score, scale, eps, backend, variant, query.device)
     return Plan(query, key, _broadcast(query.shape, key.shape), options)
 
@@ -164,8 +162,10 @@ def _backend(backend: str | None, device: str) -> str:
         raise ValueError(f"query must be on the CPU or on a CUDA device, got device {device}")
     chosen = backend or kind
     if (chosen == "cuda") != (kind == "cuda"):
-        raise ValueError(f"backend {chosen!r} takes arrays on {'a CUDA device' if chosen == 'cuda' else 'the CPU'}, "
-                         f"got query on {device}")
+        raise ValueError(
+            f"backend {chosen!r} takes arrays on {'a CUDA device' if chosen == 'cuda' else 'the CPU'}, "
+            f"got query on {device}"
+        )
     return chosen
 
 

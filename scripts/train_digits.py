@@ -96,9 +96,7 @@ class Block(nn.Module):
         self.norm_attention, self.norm_mlp = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.to_qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.to_out = nn.Linear(embed_dim, embed_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(embed_dim, 2 * embed_dim), nn.GELU(), nn.Linear(2 * embed_dim, embed_dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, 2 * embed_dim), nn.GELU(), nn.Linear(2 * embed_dim, embed_dim))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, embed_dim) -> the same, and the attention weights (B, H, L, L)."""

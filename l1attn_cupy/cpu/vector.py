@@ -81,9 +81,7 @@ class _Emitter:
         )
 
     def load(self, pointer):
-        return self.builder.load(
-            self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.itemsize
-        )
+        return self.builder.load(self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.itemsize)
 
     def store(self, value, pointer, past_caches: bool = False):
         target = self.builder.bitcast(pointer, self.vector.as_pointer())

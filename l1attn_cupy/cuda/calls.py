@@ -31,8 +31,11 @@ def scores_backward(
     plan, query, key = _with_contiguous_rows(plan, query, key)
     if saved is None and plan.options.score in CURVED:
         saved = arrays.empty(plan.out_shape, query)
-        machine(launch.scores_forward(plan._replace(options=plan.options._replace(variant=None))),
-                {"query": query, "key": key}, {"out": saved})
+        machine(
+            launch.scores_forward(plan._replace(options=plan.options._replace(variant=None))),
+            {"query": query, "key": key},
+            {"out": saved},
+        )
     grad = arrays.with_contiguous_rows(grad)
     saved = grad if saved is None else arrays.with_contiguous_rows(saved)
     wanted = {name: array for name, array in (("dquery", dquery), ("dkey", dkey)) if array is not None}

@@ -14,7 +14,7 @@ static_assert(ATOMIC == 1, "outputs are added to");
 const int WARPS = THREADS / 32, STRIDE = BLOCK_Q + VEC;
 
 extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const ScoresBackward p) {
-    const Gradient &t = p.dq;  // the batch is the same for both gradients here
+    const Gradient &t = p.dq;  // the batch entries are the same for both gradients here, but not how dims are merged
     const int q_blocks = ceil_div(t.length_x, BLOCK_Q), k_blocks = ceil_div(t.length_y, BLOCK_K);
     const int e_blocks = ceil_div(p.channels, BLOCK_E);
     const int e0 = blockIdx.x % e_blocks * BLOCK_E, j0 = blockIdx.x / e_blocks % k_blocks * BLOCK_K;
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
     }
     __syncthreads();  // the sums are there
 
-    acc_t *dk = (acc_t *)p.dk.dx.data + offset(p.dk.dx, t.batch_shape, b) + e0 + e;
+    acc_t *dk = (acc_t *)p.dk.dx.data + offset(p.dk.dx, p.dk.batch_shape, b) + e0 + e;
     for (int j = 0; j < k_count; ++j) {
         const acc_t k = exists ? to_acc(k_rows[j * t.y.row_stride]) : 0;
         acc_t sum = 0;

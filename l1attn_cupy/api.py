@@ -54,8 +54,9 @@ def l1_scores(
 
     Notes
     -----
-    Sums are accumulated in float32 for 16-bit and float32 arrays, in float64 for float64, channels in ascending order,
-    so that the result does not depend on the batch, the number of threads or the run. NaN and infinities propagate as
+    Sums are accumulated in float32 for 16-bit and float32 arrays, in float64 for float64 (the variant "half2" sums in
+    float16 first), in one fixed order, so that the result does not depend on the batch, the number of threads or the
+    run. NaN and infinities propagate as
     in the formula. Nothing of size L * S * E is ever made.
 
     In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
@@ -103,7 +104,7 @@ def l1_scores_backward(
         As in `l1_scores`.
     scores : array, shape (..., L, S), optional
         What `l1_scores` returned. F' is a function of it, so nothing is computed twice; without it the scores are
-        computed again, a tile at a time.
+        computed again.
 
     Returns
     -------
@@ -118,8 +119,9 @@ def l1_scores_backward(
 
     Notes
     -----
-    Accumulation as in `l1_scores`. The result is the same bit for bit in every run. No temporary of size L * S is
-    made. Torch tensors need not call this: `l1_scores` is differentiable.
+    Accumulation as in `l1_scores`. The result is the same bit for bit in every run, except with the variant "scatter".
+    On the CPU no temporary of size L * S is made; on CUDA and the emulator one is, for the scores, if they are needed
+    and not given. Torch tensors need not call this: `l1_scores` is differentiable.
 
     Examples
     --------

@@ -18,6 +18,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BACKENDS = ("cpu", "cuda", "emulator")
 
+#: Range of the normal float32 numbers.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
 Shape = tuple[int, ...]
 
 
@@ -96,6 +99,11 @@ def cached_scores(
     _check_same("device", "be on query's device", query, key)
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}")
+    for name, value in (("scale", scale), ("eps", eps)):
+        if query.dtype != "float64" and not _SMALLEST <= value <= _LARGEST:
+            raise ValueError(
+                f"{name} must be from {_SMALLEST} to {_LARGEST}, as float32 is used for {query.dtype}, got {value!r}"
+            )
     options = check_options(score, scale, eps, backend, variant, query.device)
     return Plan(query, key, _broadcast(query.shape, key.shape), options)
 
@@ -119,7 +127,8 @@ def scores_backward(plan: Plan, grad_scores: ArraySpec, saved: ArraySpec | None)
 def check_array(name: str, spec: ArraySpec) -> None:
     """Raise unless ``spec`` is a dense floating-point array of at least two dimensions, with data."""
     if spec.layout != "strided":
-        raise TypeError(f"{name} must be a dense array, got a {spec.layout} one; convert it first (to_dense())")
+        convert = {"masked": "filled(value)", "nested": "to_padded_tensor(value)"}.get(spec.layout, "to_dense()")
+        raise TypeError(f"{name} must be a dense array, got a {spec.layout} one; convert it first with {convert}")
     if spec.dtype not in DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {spec.dtype}")
     if len(spec.shape) < 2:

@@ -17,10 +17,20 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module(f".{name}.backend", __package__)
 
 
+def _check_variant(call: Plan, op: str) -> None:
+    """Empty arrays reach no kernel; a variant that does not exist is an error all the same."""
+    if call.options.variant is not None:
+        from .cuda import registry
+
+        sizes = {"q": call.length_q, "k": call.length_k, "e": call.channels}
+        registry.choose(op, call.query.dtype, sizes, call.options.variant)
+
+
 def scores(call: Plan, query: Any, key: Any) -> Any:
     """The forward result, shape ``call.out_shape``."""
     out = arrays.empty(call.out_shape, query)
     if 0 in call.out_shape:
+        _check_variant(call, "scores_forward")
         return out
     _backend(call.options.backend).scores_forward(call, query, key, out)
     return out
@@ -35,6 +45,7 @@ def scores_backward(
     dquery = new(call.query.shape, query) if need_query else None
     dkey = new(call.key.shape, key) if need_key else None
     if 0 in (*call.out_shape, call.channels):
+        _check_variant(call, "scores_backward")
         return dquery, dkey
     if call.options.score not in CURVED:
         saved = None

@@ -28,7 +28,7 @@ SHAPES = [
 
 HEADER = f"""\
 L1 scores and their gradients against the naive formula in float64 with autograd, at odd shapes.
-error   the largest of any element, relative to the size of the terms that it is the sum of
+error   relative to the size of the terms that a result is the sum of; the element closest to its bound
 bound   {testing.MULTIPLE} x the error of the naive formula in float32, plus rounding (l1attn_cupy/testing.py)
 tied    a fifth of all channels are equal in query and key, and some rows equal altogether
 

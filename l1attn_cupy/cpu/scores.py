@@ -152,11 +152,19 @@ def _scatter_finite(x, y, h, x_is_row, h_panels, x_count, y_count, dx):
 @kernel()
 def _scatter_any(x, y, h, x_is_row, x_count, y_count, dx):
     """The same for any h: a product with sign 0, so that NaN and infinity spread as in the naive formula."""
+    zero = x.dtype.type(0)
     for i in range(x_count):
-        for j in range(y_count):
-            weight = h[i, j] if x_is_row else h[j, i]
-            for e in range(x.shape[1]):
-                dx[i, e] += weight * ((x[i, e] > y[j, e]) - (x[i, e] < y[j, e]))
+        for e in range(x.shape[1]):
+            total = zero  # of the tile first, as in sign_scatter: rows without NaN keep their bits
+            for j in range(y_count):
+                weight = h[i, j] if x_is_row else h[j, i]
+                if x[i, e] > y[j, e]:
+                    total += weight
+                elif x[i, e] < y[j, e]:
+                    total -= weight
+                else:
+                    total += weight * zero
+            dx[i, e] += total
 
 
 @kernel()

@@ -3,7 +3,9 @@
 Numba's layers differ in what they survive. ``tbb`` takes concurrent calls and calls after a fork; it needs the ``tbb``
 package, whose library Numba finds only if it is loaded first. GNU OpenMP (``omp``) takes concurrent calls, but a
 parallel call in a forked child ends that child. ``workqueue`` takes forks, but concurrent calls end the process. So:
-tbb where it can be had; with omp, forked children run the serial kernels; with workqueue, calls take turns.
+tbb where it can be had; with omp, forked children run the serial kernels; with workqueue, calls take turns. With any
+layer a child runs the serial kernels if another thread was in a parallel call when it was forked: it has inherited a
+layer in the middle of its work, which may never finish.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ from .. import arrays
 _SERIAL_TERMS = 1 << 18
 
 _in_forked_child = False
+_forked_during_call = False
+_callers: set[int] = set()  # the threads that are in a parallel call
 _turns = threading.Lock()
 
 
 def _after_fork() -> None:
-    global _in_forked_child, _turns
+    global _in_forked_child, _forked_during_call, _turns
     _in_forked_child = True
+    _forked_during_call |= bool(_callers)
+    _callers.clear()
     _turns = threading.Lock()
 
 
@@ -80,7 +86,7 @@ def layer() -> str:
 
 def count(array: Any, terms: int) -> int:
     """Threads for a call on ``array``: torch's setting for tensors, Numba's for NumPy; 1 if the work is small."""
-    if terms < _SERIAL_TERMS or (_in_forked_child and _running_layer() == "omp"):
+    if terms < _SERIAL_TERMS or _forked_during_call or (_in_forked_child and _running_layer() == "omp"):
         return 1
     wanted = sys.modules["torch"].get_num_threads() if arrays.is_torch(array) else numba.get_num_threads()
     return max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
@@ -98,11 +104,13 @@ def launch(kernel: Callable[..., None], workers: int, *arguments: Any) -> None:
 @contextlib.contextmanager
 def _threads(n: int) -> Iterator[None]:
     before = numba.get_num_threads()
-    numba.set_num_threads(n)
+    _callers.add(threading.get_ident())
     try:
+        numba.set_num_threads(n)
         yield
     finally:
         numba.set_num_threads(before)
+        _callers.discard(threading.get_ident())
 
 
 def _turn() -> contextlib.AbstractContextManager:

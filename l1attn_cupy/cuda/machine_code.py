@@ -2,8 +2,8 @@
 
     NVRTC (as CuPy calls it)  ->  PTX  ->  ptxas  ->  cubin  ->  nvdisasm  ->  instructions  ->  the hot loop
 
-NVRTC can also go all the way to machine code, which is what runs under CuPy (`compile_native`); nvdisasm reads only what
-its own toolkit assembled, hence the way through PTX. The tools are those of the pip packages nvidia-cuda-nvcc and
+NVRTC can also go all the way to machine code, which is what runs under CuPy (`compile_native`); nvdisasm reads only
+what its own toolkit assembled, hence the way through PTX. The tools are those of the pip packages nvidia-cuda-nvcc and
 nvidia-cuda-nvdisasm, of one version, wherever they lie in these packages: never from PATH.
 
 A *term* is one ``|q - k|`` added to one sum, or one ``sign(q - k)`` used for one gradient or for both. The compiler
@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from . import registry
 from .compiler import OPTIONS
@@ -87,14 +87,13 @@ def architectures() -> tuple[str, ...]:
 
 def compile_ptx(variant: Variant, dtype: str, arch: str = "90") -> str:
     """PTX of ``variant`` for arrays of ``dtype`` ("float32", ...) and the architecture ``arch`` ("90")."""
-    program, _log = _compile(variant, dtype, f"compute_{arch}")
-    ptx = _nvrtc().getPTX(program)
+    ptx, _log = _compile(variant, dtype, f"compute_{arch}")
     return ptx if isinstance(ptx, str) else ptx.decode()
 
 
 def compile_native(variant: Variant, dtype: str, arch: str = "90") -> Resources:
     """What NVRTC itself reports of the machine code that it makes: the code that CuPy would load."""
-    _program, log = _compile(variant, dtype, f"sm_{arch}", "--ptxas-options=-v")
+    _ptx, log = _compile(variant, dtype, f"sm_{arch}", "--ptxas-options=-v")
     return _resources(log)
 
 
@@ -115,8 +114,8 @@ def disassemble(cubin: bytes) -> list[Instruction]:
         return parse(_run([_tool("nvdisasm"), "-c", file]))
 
 
-def _compile(variant: Variant, dtype: str, target: str, *more: str) -> tuple[object, str]:
-    """NVRTC's program and log; the options are those of `compiler.kernel`."""
+def _compile(variant: Variant, dtype: str, target: str, *more: str) -> tuple[str | bytes, str]:
+    """NVRTC's PTX and log; the options are those of `compiler.kernel`."""
     nvrtc = _nvrtc()
     macros = {"DTYPE": DTYPE_CODES[dtype], **variant.parameters}
     defines = (f"-D{name}={value}" for name, value in macros.items())
@@ -124,11 +123,13 @@ def _compile(variant: Variant, dtype: str, target: str, *more: str) -> tuple[obj
     program = nvrtc.createProgram(registry.source(variant), variant.path.name, (), ())
     try:
         nvrtc.compileProgram(program, options)
+        return nvrtc.getPTX(program), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError:
         raise KernelError(
             f"{variant.path.name} does not compile with {' '.join(options)}:\n{nvrtc.getProgramLog(program)}"
         ) from None
-    return program, nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def _resources(report: str) -> Resources:
@@ -185,7 +186,7 @@ def _file_of(package: str, name: str) -> Path:
     raise ToolMissing(f"{name} is not installed: pip install {package}")
 
 
-class _Nvrtc:
+class _Nvrtc(Protocol):
     """CuPy's module `cupy.cuda.nvrtc`, as far as it is used here."""
 
     NVRTCError: type[Exception]
@@ -196,6 +197,7 @@ class _Nvrtc:
     def compileProgram(self, program: object, options: tuple[str, ...]) -> None: ...
     def getProgramLog(self, program: object) -> str: ...
     def getPTX(self, program: object) -> str | bytes: ...
+    def destroyProgram(self, program: object) -> None: ...
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def _stamps(folder: str) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _files(folder: str, changed: int) -> list[str]:
-    return sorted(str(path) for path in Path(folder).glob("*.cu*"))
+    return sorted(str(path) for path in Path(folder).glob("[!.]*.cu*"))  # not the lock files of editors
 
 
 _generations: dict[tuple, int] = {}
@@ -117,7 +117,7 @@ def variants(op: str | None = None) -> list[Variant]:
 def _variants(_generation: int) -> tuple[Variant, ...]:
     files: dict[str, Path] = {}
     for folder in folders():
-        for path in sorted(folder.glob("*.cu")):
+        for path in sorted(folder.glob("[!.]*.cu")):
             files.setdefault(path.name, path)
     found = [variant for path in files.values() for variant in _read(path, path.stat().st_mtime_ns)]
     return tuple(sorted(found, key=lambda v: (v.op, -v.rank, v.name, v.line)))

@@ -14,6 +14,8 @@ import l1attn_cupy as l1
 from l1attn_cupy import reference, testing
 from l1attn_cupy.cpu import backend
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch itself
+
 OPTIONS = {"score": "inverse", "scale": 0.5, "eps": 0.01}
 
 

@@ -15,7 +15,11 @@ from kernel_cases import Kernel, Machine, assert_gradients, assert_scores, each,
 import l1attn_cupy as l1
 from l1attn_cupy import reference, testing
 
-EMULATOR = Machine("emulator", "cpu")
+
+@pytest.fixture
+def machine():
+    """What runs the kernels; test_cuda.py has another."""
+    return Machine("emulator", "cpu")
 
 
 def shapes(kernel: Kernel, channels: int, batch: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -27,36 +31,33 @@ def shapes(kernel: Kernel, channels: int, batch: tuple[int, ...] = ()) -> tuple[
 
 
 @each("scores_forward")
-def test_scores_forward_odd_sizes(kernel):
+def test_scores_forward_odd_sizes(machine, kernel):
     """No size is a multiple of a block, or each is one, or there are no channels at all."""
     for which, (length_q, length_k, channels) in enumerate(kernel.lengths):
         call = options(SCORES[which % 4], channels)
-        assert_scores(EMULATOR, kernel, problem((length_q, channels), (length_k, channels), kernel.dtype, **call))
+        assert_scores(machine, kernel, problem((length_q, channels), (length_k, channels), kernel.dtype, **call))
 
 
 @each("scores_backward")
-def test_scores_backward_odd_sizes(kernel):
+def test_scores_backward_odd_sizes(machine, kernel):
     for which, (length_q, length_k, channels) in enumerate(kernel.lengths):
         call = options(SCORES[which % 4], channels)
-        assert_gradients(EMULATOR, kernel, problem((length_q, channels), (length_k, channels), kernel.dtype, **call))
+        assert_gradients(machine, kernel, problem((length_q, channels), (length_k, channels), kernel.dtype, **call))
 
 
 @pytest.mark.parametrize("channels", [96, 128])
 @each("scores_forward")
-def test_scores_forward_widths_at_which_the_original_races(kernel, channels):
+def test_scores_forward_widths_at_which_the_original_races(machine, kernel, channels):
     """The original library lacks a barrier between writing and reading a tile, which shows at widths 96 and 128."""
-    expected = problem((2, kernel.length_q, channels), (2, 129, channels), kernel.dtype)
-    first = assert_scores(EMULATOR, kernel, expected)
-    for _ in range(2):
-        assert_identical(assert_scores(EMULATOR, kernel, expected), first)
+    expected = problem((kernel.length_q, channels), (129, channels), kernel.dtype)
+    first = assert_scores(machine, kernel, expected)
+    assert_identical(assert_scores(machine, kernel, expected), first)
 
 
 @pytest.mark.parametrize("channels", [96, 128])
 @each("scores_backward")
-def test_scores_backward_widths_at_which_the_original_races(kernel, channels):
-    expected = problem((kernel.length_q, channels), (129, channels), kernel.dtype)
-    for _ in range(2):
-        assert_gradients(EMULATOR, kernel, expected)
+def test_scores_backward_widths_at_which_the_original_races(machine, kernel, channels):
+    assert_gradients(machine, kernel, problem((kernel.length_q, channels), (129, channels), kernel.dtype))
 
 
 # ---- scores, ties, NaN --------------------------------------------------------------------------------------------
@@ -64,31 +65,31 @@ def test_scores_backward_widths_at_which_the_original_races(kernel, channels):
 
 @pytest.mark.parametrize("score", SCORES)
 @each("scores_forward")
-def test_scores_forward_ties(kernel, score):
+def test_scores_forward_ties(machine, kernel, score):
     """Identical rows give F(0): with the default eps the score is 1000, the steepest there is."""
     query_shape, key_shape = shapes(kernel, 31, (2,))
     call = {"scale": 0.3} if score == "laplacian" else {}
     expected = problem(query_shape, key_shape, kernel.dtype, ties=True, score=score, **call)
     assert (expected.query[:, 0] == expected.key[:, 0]).all()
-    assert_scores(EMULATOR, kernel, expected)
+    assert_scores(machine, kernel, expected)
 
 
 @pytest.mark.parametrize("score", SCORES)
 @each("scores_backward")
-def test_scores_backward_ties(kernel, score):
-    """Between identical rows |h| is a million with the default eps, its sign 0: the others must not lose digits to it."""
+def test_scores_backward_ties(machine, kernel, score):
+    """Between identical rows |h| is a million with the default eps, its sign 0: others must not lose digits to it."""
     query_shape, key_shape = shapes(kernel, 31, (2,))
     call = {"scale": 0.3} if score == "laplacian" else {}
-    assert_gradients(EMULATOR, kernel, problem(query_shape, key_shape, kernel.dtype, ties=True, score=score, **call))
+    assert_gradients(machine, kernel, problem(query_shape, key_shape, kernel.dtype, ties=True, score=score, **call))
 
 
 @each("scores_backward")
-def test_scores_backward_tied_channel(kernel):
+def test_scores_backward_tied_channel(machine, kernel):
     """A channel in which all rows tie has gradient exactly 0, beside others that have not."""
     query, key, grad = testing.inputs(*shapes(kernel, 65), kernel.dtype)
     query[:, 40], key[:, 40] = 0.25, 0.25
     for score in SCORES:
-        dquery, dkey = EMULATOR.gradients(kernel, grad, query, key, score=score, scale=0.1)
+        dquery, dkey = machine.gradients(kernel, grad, query, key, score=score, scale=0.1)
         assert not dquery[:, 40].any(), score
         assert not dkey[:, 40].any(), score
         assert dquery[:, 39].all(), score
@@ -96,17 +97,17 @@ def test_scores_backward_tied_channel(kernel):
 
 
 @each("scores_backward")
-def test_scores_backward_identical_rows(kernel):
+def test_scores_backward_identical_rows(machine, kernel):
     """Where all of query and key are equal, all gradients are exactly 0."""
     row = testing.inputs((1, 65), (1, 65), kernel.dtype)[0]
     query, key = row.expand(kernel.length_q, 65), row.expand(65, 65)
     grad = torch.randn(kernel.length_q, 65, generator=torch.Generator().manual_seed(0)).to(row.dtype)
-    for gradient in EMULATOR.gradients(kernel, grad, query, key):
+    for gradient in machine.gradients(kernel, grad, query, key):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @each("scores_backward")
-def test_scores_backward_mostly_tied_channel(kernel):
+def test_scores_backward_mostly_tied_channel(machine, kernel):
     """Rows that differ in one channel only, as little as the fast way takes: what cancels is in proportion to their h.
 
     The error in the other channels is small beside the sum of all |h| of a row. It is not small beside the gradient
@@ -121,7 +122,7 @@ def test_scores_backward_mostly_tied_channel(kernel):
     exact = reference.l1_scores_backward(grad, query, key)
     h = grad.double() * reference.l1_scores(query, key) ** 2
     for gradient, expected, size in zip(
-        EMULATOR.gradients(kernel, grad, query, key), exact, (h.abs().sum(1), h.abs().sum(0)), strict=True
+        machine.gradients(kernel, grad, query, key), exact, (h.abs().sum(1), h.abs().sum(0)), strict=True
     ):
         accumulated, stored = (
             (torch.float64, torch.float64) if kernel.dtype == "float64" else (torch.float32, query.dtype)
@@ -146,24 +147,24 @@ def inputs_with_specials(shapes, dtype, where="all"):
 
 @pytest.mark.parametrize("score", SCORES)
 @each("scores_forward")
-def test_scores_forward_nan_and_infinity(kernel, score):
+def test_scores_forward_nan_and_infinity(machine, kernel, score):
     """They are where the formula has them: inf - inf is NaN, one inf is a distance of inf."""
     query, key, _ = inputs_with_specials(shapes(kernel, 65), kernel.dtype)
     expected = testing.Expected(query, key, score=score, scale=0.05)
     assert not reference.l1_scores(query, key, score=score).isfinite().all()
-    assert_scores(EMULATOR, kernel, expected)
+    assert_scores(machine, kernel, expected)
 
 
 @pytest.mark.parametrize("where", ["query", "key", "grad", "all"])
 @pytest.mark.parametrize("score", SCORES)
 @each("scores_backward")
-def test_scores_backward_nan_and_infinity(kernel, score, where):
+def test_scores_backward_nan_and_infinity(machine, kernel, score, where):
     """They are where autograd through the formula has them; inf * sign(0) is NaN there too."""
     query, key, grad = inputs_with_specials(shapes(kernel, 65), kernel.dtype, where)
     call = {"score": score, "scale": 0.05}  # no score that rounds to 0, and so no inf * 0 from rounding
     exact = reference.l1_scores_backward(grad, query, key, **call)
     for scores in (l1.l1_scores(query, key, **call), None):
-        gradients = EMULATOR.gradients(kernel, grad, query, key, scores, **call)
+        gradients = machine.gradients(kernel, grad, query, key, scores, **call)
         for result, expected in zip(gradients, exact, strict=True):
             testing.assert_same_special(result, expected.to(result.dtype))
 
@@ -193,43 +194,38 @@ def on_aligned_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each("scores_forward")
-def test_scores_forward_layouts(kernel, layout):
+def test_scores_forward_layouts(machine, kernel, layout):
     """Whatever strides and alignment: the same bits as from contiguous arrays."""
-    query, key, _ = testing.inputs(*shapes(kernel, 64, (2,)), kernel.dtype)
+    query, key, _ = machine.own(*testing.inputs(*shapes(kernel, 32, (2,)), kernel.dtype))
     changed = [LAYOUTS[layout](array) for array in (query, key)]
     copies = [on_aligned_memory(array) for array in changed]
-    expected = EMULATOR.scores(kernel, *copies)
+    expected = machine.scores(kernel, *copies)
     for pair in (changed, (changed[0], copies[1]), (copies[0], changed[1])):
-        assert_identical(EMULATOR.scores(kernel, *pair), expected)
+        assert_identical(machine.scores(kernel, *pair), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each("scores_backward")
-def test_scores_backward_layouts(kernel, layout):
+def test_scores_backward_layouts(machine, kernel, layout):
     """All four arrays that it reads: the same bits, or as good if the order of atomic additions is left open."""
-    query, key, grad = testing.inputs(*shapes(kernel, 64, (2,)), kernel.dtype)
+    query, key, grad = machine.own(*testing.inputs(*shapes(kernel, 32, (2,)), kernel.dtype))
     change = LAYOUTS[layout]
-    query, key, grad = (change(array) for array in (query, key, grad))
-    scores = change(l1.l1_scores(query, key))
-    expected = testing.Expected(query, key, grad)
-    copies = [on_aligned_memory(array) for array in (grad, query, key, scores)]
-    changed = EMULATOR.gradients(kernel, grad, query, key, scores)
-    if layout == "expanded":  # the saved scores are those of the first entry, and so are query and key
-        scores = None
-    expected.assert_gradients(*changed)
+    grad, query, key = (change(array) for array in (grad, query, key))
+    arrays = (grad, query, key, change(l1.l1_scores(query, key)))
+    gradients = machine.gradients(kernel, *arrays)
+    testing.Expected(query.cpu(), key.cpu(), grad.cpu()).assert_gradients(*gradients)
     if kernel.deterministic:
-        for result, wanted in zip(changed, EMULATOR.gradients(kernel, *copies), strict=True):
-            assert_identical(result, wanted)
+        copies = [on_aligned_memory(array) for array in arrays]
+        for result, expected in zip(gradients, machine.gradients(kernel, *copies), strict=True):
+            assert_identical(result, expected)
 
 
 @each("scores_forward")
-def test_scores_forward_rows_of_odd_length(kernel):
+def test_scores_forward_rows_of_odd_length(machine, kernel):
     """Each row is aligned otherwise than the one before it, in query, key and the result."""
     for channels, length_k in ((63, 33), (1, 65), (7, 63)):
         call = options("inverse", channels)
-        assert_scores(
-            EMULATOR, kernel, problem((kernel.length_q, channels), (length_k, channels), kernel.dtype, **call)
-        )
+        assert_scores(machine, kernel, problem((kernel.length_q, channels), (length_k, channels), kernel.dtype, **call))
 
 
 def lengthened(kernel, shapes):
@@ -239,68 +235,67 @@ def lengthened(kernel, shapes):
 
 @pytest.mark.parametrize("broadcast", BROADCAST, ids=str)
 @each("scores_forward")
-def test_scores_forward_broadcast(kernel, broadcast):
-    assert_scores(EMULATOR, kernel, problem(*lengthened(kernel, broadcast), kernel.dtype))
+def test_scores_forward_broadcast(machine, kernel, broadcast):
+    assert_scores(machine, kernel, problem(*lengthened(kernel, broadcast), kernel.dtype))
 
 
 @pytest.mark.parametrize("broadcast", BROADCAST, ids=str)
 @each("scores_backward")
-def test_scores_backward_broadcast(kernel, broadcast):
+def test_scores_backward_broadcast(machine, kernel, broadcast):
     """Gradients are summed over the batch dimensions in which an array was broadcast."""
-    assert_gradients(EMULATOR, kernel, problem(*lengthened(kernel, broadcast), kernel.dtype, score="negative"))
+    assert_gradients(machine, kernel, problem(*lengthened(kernel, broadcast), kernel.dtype, score="negative"))
 
 
 @each("scores_forward")
-def test_scores_forward_many_batch_dimensions(kernel):
+def test_scores_forward_many_batch_dimensions(machine, kernel):
     """Strides that cannot be merged: each batch index is taken apart."""
     query = testing.inputs((2, 3, 2, kernel.length_q, 7), (2, 3, 2, 5, 7), kernel.dtype)[0].permute(2, 0, 1, 3, 4)
     key = testing.inputs((2, 3, 2, 5, 7), (2, 3, 2, 5, 7), kernel.dtype)[0].permute(2, 0, 1, 3, 4)
-    assert_scores(EMULATOR, kernel, testing.Expected(query, key))
+    assert_scores(machine, kernel, testing.Expected(query, key))
 
 
 # ---- what is wanted, and how often --------------------------------------------------------------------------------
 
 
 @each("scores_backward")
-def test_scores_backward_one_gradient_only(kernel):
+def test_scores_backward_one_gradient_only(machine, kernel):
     """What autograd does not ask for is not computed, and the other is not changed by that."""
-    query, key, grad = testing.inputs(*shapes(kernel, 33, (2,)), kernel.dtype)
-    call = ("negative", 0.5, 1e-3, "emulator", kernel.variant.name)
-    expected = testing.Expected(query, key, grad, score="negative", scale=0.5)
-    both = torch.ops.l1attn.scores_backward(grad, query, key, None, True, True, *call)
-    dquery, none = torch.ops.l1attn.scores_backward(grad, query, key, None, True, False, *call)
-    assert none.numel() == 0
-    none, dkey = torch.ops.l1attn.scores_backward(grad, query, key, None, False, True, *call)
-    assert none.numel() == 0
-    expected.assert_gradients(dquery, dkey)
+    inputs = testing.inputs(*shapes(kernel, 33, (2,)), kernel.dtype)
+    query, key, grad = machine.own(*inputs)
+    call = ("negative", 0.5, 1e-3, machine.backend, kernel.variant.name)
+
+    def gradients(need_query, need_key):
+        both = torch.ops.l1attn.scores_backward(grad, query, key, None, need_query, need_key, *call)
+        return [gradient.cpu() for gradient in both]
+
+    both, (dquery, no_dkey), (no_dquery, dkey) = gradients(True, True), gradients(True, False), gradients(False, True)
+    assert no_dquery.numel() == no_dkey.numel() == 0
+    testing.Expected(*inputs, score="negative", scale=0.5).assert_gradients(dquery, dkey)
     if kernel.deterministic:
         assert_identical(dquery, both[0])
         assert_identical(dkey, both[1])
 
 
 @each("scores_backward")
-def test_scores_backward_one_array_for_both(kernel):
+def test_scores_backward_one_array_for_both(machine, kernel):
     """Self-attention: query and key are the same tensor."""
     query, _, _ = testing.inputs(*shapes(kernel, 33, (2,)), kernel.dtype)
     grad = testing.inputs(query.shape, query.shape, kernel.dtype)[2]
-    assert_gradients(EMULATOR, kernel, testing.Expected(query, query, grad, score="laplacian", scale=0.1))
+    assert_gradients(machine, kernel, testing.Expected(query, query, grad, score="laplacian", scale=0.1))
 
 
 @each("scores_forward")
-def test_scores_forward_same_bits_in_every_order_of_threads(kernel):
+def test_scores_forward_same_bits_in_every_order_of_threads(machine, kernel):
     query, key, _ = testing.inputs(*shapes(kernel, 65, (2,)), kernel.dtype)
-    first = EMULATOR.scores(kernel, query, key)
+    first = machine.scores(kernel, query, key)
     for _ in range(4):
-        assert_identical(EMULATOR.scores(kernel, query, key), first)
+        assert_identical(machine.scores(kernel, query, key), first)
 
 
-@each("scores_backward")
-def test_scores_backward_same_bits_in_every_order_of_threads(kernel):
-    """But for atomic additions from several blocks."""
-    if not kernel.deterministic:
-        return
+@each("scores_backward", deterministic=True)
+def test_scores_backward_same_bits_in_every_order_of_threads(machine, kernel):
     query, key, grad = testing.inputs(*shapes(kernel, 65, (2,)), kernel.dtype)
-    first = EMULATOR.gradients(kernel, grad, query, key)
+    first = machine.gradients(kernel, grad, query, key)
     for _ in range(4):
-        for result, expected in zip(EMULATOR.gradients(kernel, grad, query, key), first, strict=True):
+        for result, expected in zip(machine.gradients(kernel, grad, query, key), first, strict=True):
             assert_identical(result, expected)

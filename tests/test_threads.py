@@ -38,6 +38,8 @@ def same(a, b):
 
 
 assert threads.count(query, query.size * 129) > 1
+one = np.ones((1, 1), np.float32)
+l1.l1_scores_backward(one, one, l1.l1_scores(one, one))  # compiles the serial kernels, for children that need them
 """
 
 EIGHT_THREADS = """
@@ -69,6 +71,33 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 assert same(call(), expected)
 print(os.waitstatus_to_exitcode(status))
+"""
+
+FORK_DURING_CALLS = """
+import signal
+expected, done = call(), False
+
+
+def keep_calling():
+    while not done:
+        call()
+
+
+worker = threading.Thread(target=keep_calling)
+worker.start()
+statuses = set()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            os._exit(0 if same(call(), expected) else 3)
+        finally:
+            os._exit(4)
+    statuses.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+done = True
+worker.join()
+print(statuses)
 """
 
 DATA_LOADER = """
@@ -103,14 +132,14 @@ print(os.waitstatus_to_exitcode(status))
 
 
 def with_layer(layer: str, code: str) -> str:
-    """What ``code`` prints with two threads or more under a threading layer."""
+    """The last line that ``code`` prints with two threads or more under a threading layer."""
     if layer == "omp":
         try:
             importlib.import_module("numba.np.ufunc.omppool")
         except ImportError as error:
             pytest.skip(f"this Numba has no OpenMP layer: {error}")
     environment = {} if layer == "default" else {"NUMBA_THREADING_LAYER": layer}
-    return run(PREPARE + code, NUMBA_NUM_THREADS="4", **environment).strip()
+    return run(PREPARE + code, NUMBA_NUM_THREADS="4", **environment).splitlines()[-1]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -128,6 +157,12 @@ def test_scores_after_fork(layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_scores_first_call_after_fork(layer):
     assert with_layer(layer, FIRST_CALL_IN_CHILD) == "0"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_scores_fork_during_calls(layer):
+    """A lock that another thread holds at the moment of the fork is never released in the child."""
+    assert with_layer(layer, FORK_DURING_CALLS) == "{0}"
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -79,7 +79,12 @@ def folders() -> list[Path]:
 def generation() -> int:
     """A number that changes when any kernel file does, or the folders; what is cached by it is never stale."""
     own = os.environ.get("L1ATTN_KERNELS")
-    state = (own, tuple(_stamps(str(folder)) for folder in _known_folders(own)))
+    try:
+        state = (own, tuple(_stamps(str(folder)) for folder in _known_folders(own)))
+    except FileNotFoundError as error:  # a folder that was there, or a link to nowhere
+        _known_folders.cache_clear()
+        folders()
+        raise KernelError(f"a kernel file cannot be read: {error}") from None
     return _generation_of(state)
 
 

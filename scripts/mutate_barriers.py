@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Take each barrier out of each kernel, one at a time: the emulator must notice.
+
+    python scripts/mutate_barriers.py                       the kernels of this package
+    python scripts/mutate_barriers.py --kernels FOLDER      your own
+
+`__syncthreads()` is removed, `__syncthreads_and(x)` becomes `(x)`; then each variant of the file runs on a small
+problem. With the emulator's checks on, it must report an error, or the result must be wrong; the kernel as it is must
+be right. With the checks off, the table says in how many of the seeds the numbers are wrong; that is for information.
+Exit status 1 if a mutant survives, which says that its barrier is not needed or that a test is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import l1attn_cupy as l1
+from l1attn_cupy import testing
+from l1attn_cupy.cuda import registry
+from l1attn_cupy.cuda.registry import Variant
+from l1attn_cupy.emulator.engine import EmulatorError
+
+SEEDS = 3
+
+# Two blocks and more in each direction, and several chunks of channels and of rows within a block.
+LENGTHS_Q = (129, 33)  # the second for variants that take only few queries
+LENGTH_K, CHANNELS = 97, 65
+
+_BARRIER = re.compile(r"\b__syncthreads(?:_and|_or|_count)?\s*\(")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A kernel file with one barrier less; with ``line`` 0, as it is."""
+
+    name: str
+    line: int
+    barrier: str
+    text: str
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    """The file as it is, then one mutant for each barrier in its code."""
+    text = path.read_text(encoding="utf-8")
+    yield Mutant(path.name, 0, "", text)
+    code = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), text)  # of the same length
+    for match in _BARRIER.finditer(code):
+        end = _closing(code, match.end())
+        argument = text[match.end() : end].strip()
+        less = text[: match.start()] + (f"({argument})" if argument else "") + text[end + 1 :]
+        yield Mutant(path.name, text.count("\n", 0, match.start()) + 1, text[match.start() : end + 1], less)
+
+
+def _closing(code: str, at: int) -> int:
+    """Where the parenthesis that was opened before ``at`` is closed."""
+    depth = 1
+    while depth:
+        depth += {"(": 1, ")": -1}.get(code[at], 0)
+        at += 1
+    return at - 1
+
+
+# ---- in a process of its own --------------------------------------------------------------------------------------
+
+
+def outcomes(mutant: Mutant, folder: str, check: bool) -> list[str]:
+    """For each variant of the file: "" if its results are right, else what is wrong."""
+    Path(folder, mutant.name).write_text(mutant.text, encoding="utf-8")
+    os.environ.update(
+        L1ATTN_KERNELS=folder,
+        L1ATTN_EMULATOR_CHECK=str(int(check)),  # looked up when a kernel is compiled: another folder is another kernel
+        L1ATTN_EMULATOR_TIME_LIMIT="60",
+        L1ATTN_CACHE_DIR=str(Path(folder).parent / "cache"),
+    )
+    own = [v for v in registry.variants() if v.path.parent == Path(folder) and v.path.name == mutant.name]
+    return [_outcome(variant, 1 if check else SEEDS) for variant in own]
+
+
+def _outcome(variant: Variant, seeds: int) -> str:
+    length_q = next(n for n in LENGTHS_Q if _comes_to(variant, n))
+    dtype = variant.dtypes[0]
+    query, key, grad = testing.inputs((length_q, CHANNELS), (LENGTH_K, CHANNELS), dtype)
+    options: dict[str, Any] = {"score": "negative", "scale": 0.1}
+    expected = testing.Expected(query, key, grad, **options)
+    wrong = 0
+    for _ in range(seeds):  # each launch takes the next seed
+        try:
+            if variant.op == "scores_forward":
+                scores = l1.l1_scores(query, key, backend="emulator", variant=variant.name, **options)
+                wrong += expected.scores(scores).error > 0.05  # a missing barrier is no matter of rounding
+            else:
+                gradients = l1.l1_scores_backward(grad, query, key, backend="emulator", variant=variant.name, **options)
+                wrong += max(agreement.error for agreement in expected.gradients(*gradients)) > 0.05
+        except EmulatorError as error:
+            return _kind(str(error))
+    return f"wrong in {wrong} of {seeds}" if wrong else ""
+
+
+def _comes_to(variant: Variant, length_q: int) -> bool:
+    """Whether a call by the variant's name comes to this line of its file."""
+    sizes = {"q": length_q, "k": LENGTH_K, "e": CHANNELS}
+    return registry.choose(variant.op, variant.dtypes[0], sizes, variant.name) == variant
+
+
+def _kind(message: str) -> str:
+    """ "race", "divergent barrier" and the like, from an emulator's message."""
+    return message.partition(": ")[2].partition(":")[0].partition(",")[0].split("\n")[0]
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--kernels", type=Path, metavar="FOLDER", help="whose .cu files to mutate (default: the package's)"
+    )
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: at most 2)")
+    options = parser.parse_args()
+    files = sorted((options.kernels or registry.packaged_folder()).glob("*.cu"))
+    if not files:
+        parser.error(f"there is no .cu file in {options.kernels}")
+    todo = [mutant for file in files for mutant in mutants(file)]
+    print("Each barrier taken out, one at a time; what the emulator says (variants that differ: with |).\n")
+    print(f"{'barrier':70} {'with checks':38} without checks")
+    with tempfile.TemporaryDirectory(prefix="l1attn-mutants-") as folder:
+        rows = _run(todo, Path(folder), options.jobs)
+    bad = sum([_print_row(mutant, *found) for mutant, found in zip(todo, rows, strict=True)])
+    print(f"\n{bad} NOT OK" if bad else f"\nAll {sum(mutant.line > 0 for mutant in todo)} mutants were noticed.")
+    return 1 if bad else 0
+
+
+def _run(todo: list[Mutant], folder: Path, jobs: int) -> list[tuple[list[str], list[str]]]:
+    """The outcomes of all mutants with checks and without, each in a folder of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, 2 * len(todo)), context) as pool:
+
+        def start(mutant: Mutant, check: bool) -> Future[list[str]]:
+            own = Path(tempfile.mkdtemp(dir=folder))
+            return pool.submit(outcomes, mutant, str(own), check)
+
+        futures = [(start(mutant, True), start(mutant, False)) for mutant in todo]
+        return [(checked.result(), unchecked.result()) for checked, unchecked in futures]
+
+
+def _print_row(mutant: Mutant, checked: list[str], unchecked: list[str]) -> bool:
+    """Print one line of the table; returns whether it is bad: a mutant unnoticed, or the kernel itself wrong."""
+    place = f"{mutant.name}:{mutant.line} {mutant.barrier}" if mutant.line else f"{mutant.name} as it is"
+    bad = not any(checked) if mutant.line else any(checked + unchecked)
+    print(f"{place:70} {_short(checked):38} {_short(unchecked)}{'   NOT OK' if bad else ''}", flush=True)
+    return bad
+
+
+def _short(outcomes: list[str]) -> str:
+    """Of all variants; one word if they agree."""
+    return " | ".join(dict.fromkeys(outcome or "right" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Runs every kernel once or twice through CuPy: a short program for compute-sanitizer, which makes everything slow."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import l1attn_cupy as l1
+
+SHAPES = [(2, 33, 65, 33), (1, 129, 33, 31)]  # (B, L, S, E)
+
+
+def main() -> None:
+    import cupy
+
+    cupy.cuda.set_allocator(None)  # each array is an allocation of its own, so that its end is known
+    generator = np.random.default_rng(0)
+    launches = 0
+    for variant in l1.variants():
+        for batch, length_q, length_k, channels in SHAPES:
+            query, key, grad = (
+                cupy.asarray(generator.standard_normal((batch, *shape)).astype(variant.dtypes[0]))
+                for shape in ((length_q, channels), (length_k, channels), (length_q, length_k))
+            )
+            if variant.op == "scores_forward":
+                l1.l1_scores(query, key, variant=variant.name)
+            else:
+                l1.l1_scores_backward(grad, query, key, variant=variant.name)
+            launches += 1
+    cupy.cuda.Device().synchronize()
+    print(f"{launches} calls")
+
+
+if __name__ == "__main__":
+    main()

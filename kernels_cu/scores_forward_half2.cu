@@ -6,7 +6,7 @@
 // Delta     like scores_forward_tiled.cu, but differences and their sums are float16, two to an instruction. Sums over
 //           BLOCK_E channels are added to float32 sums. By name only (rank 0): a difference is rounded to float16, and
 //           BLOCK_E/2 of them must not sum to more than 65504.
-// @variant  op=scores_forward dtypes=f16 BLOCK_Q=128 BLOCK_K=32 BLOCK_E=32 THREADS=128 BLOCKS_PER_SM=3 rank=0
+// @variant  op=scores_forward dtypes=f16 BLOCK_Q=128 BLOCK_K=32 BLOCK_E=32 THREADS=128 BLOCKS_PER_SM=3 rank=0 f16_sums=32
 
 #if DTYPE != F16
 #error "half2 is for float16"

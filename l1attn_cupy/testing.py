@@ -24,6 +24,16 @@ In float64 the naive formula is itself the yardstick, so the bound is the worst 
     score     e = 2 * u * ((E + 3) * a + 3)                  a = max(1, x) for "laplacian", otherwise 1
     gradient      2 * e + 2 * u * (n + 3)                    n terms in each sum of the gradient
 
+A kernel that adds up to n channels in float16 (``f16_sums=n`` in its header) is judged by the worst case of that, with
+u16 = 2**-11::
+
+    distance  e = (1 + u16)**(n / 2) * (1 + u32)**(2 * chunks + 8) - 1
+    score     (1 + e / (1 - e)) * (1 + u16) - 1              for "laplacian" exp(e * x) - 1 instead of e / (1 - e)
+
+A difference is rounded once, and passes through as many additions, less one, as there are pairs in a chunk of n
+channels (the first is to 0, and exact). No term is negative, so the sum is off by no more than the worst term. Chunks
+are added up in float32, where each takes two roundings; eight more are scale, eps and F, which may be 2 ulp off.
+
 A sum of E differences takes E subtractions, E - 1 additions and a scaling; each term passes through at most
 E + 1 of them. `exp` turns a relative error of e in x into one of x * e. F' depends on the score at most
 squared.
@@ -49,18 +59,34 @@ ORDERS = 4
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
+class Mismatch(NamedTuple):
+    """The first wrong element of a result, and how many there are."""
+
+    name: str
+    index: tuple[int, ...]
+    expected: float
+    got: float
+    count: int
+    total: int
+
+    def __str__(self) -> str:
+        place = f"{self.name}[{', '.join(map(str, self.index))}]"
+        return f"{place} must be {self.expected:.7g}, got {self.got:.7g} ({self.count} of {self.total} are wrong)"
+
+
 class Agreement(NamedTuple):
     """Largest error of a result and the bound for it, both relative (see the top of this file)."""
 
     error: float
     bound: float
+    wrong: Mismatch | None = None
 
     @property
     def ok(self) -> bool:
         return self.error <= self.bound
 
     def __str__(self) -> str:
-        return f"error {self.error:.2e}, bound {self.bound:.2e}"
+        return f"error {self.error:.2e}, bound {self.bound:.2e}" + (f"; {self.wrong}" if self.wrong else "")
 
 
 def inputs(
@@ -121,15 +147,19 @@ class Expected:
             raise ValueError("gradients can be told only where grad is given")
         return self._grad
 
-    def scores(self, result: Any) -> Agreement:
-        """How far ``result`` is from the scores."""
+    def scores(self, result: Any, f16_sums: int = 0) -> Agreement:
+        """How far ``result`` is from the scores; ``f16_sums`` channels at a time were summed in float16."""
         exact, size, bound = self._scores
-        return Agreement(_error("scores", result, exact, size, self.dtype), bound)
+        bound = self._bound_of_f16_sums(f16_sums) if f16_sums else bound
+        error = _error("scores", result, exact, size, self.dtype)
+        return Agreement(error, bound, first_mismatch("scores", result, exact, size, bound))
 
     def gradients(self, dquery: Any, dkey: Any) -> tuple[Agreement, Agreement]:
         """How far ``dquery`` and ``dkey`` are from the gradients."""
         agreements = [
-            Agreement(_error(name, result, exact, size, self.dtype), bound)
+            Agreement(
+                _error(name, result, exact, size, self.dtype), bound, first_mismatch(name, result, exact, size, bound)
+            )
             for name, result, (exact, size, bound) in zip(
                 ("dquery", "dkey"), (dquery, dkey), self._gradients, strict=True
             )
@@ -213,6 +243,17 @@ class Expected:
             amplified = max(1.0, x.nan_to_num(0, 0).max().item() if x.numel() else 0.0)
         return torch.finfo(torch.float64).eps * ((self.query.shape[-1] + 3) * amplified + 3)
 
+    def _bound_of_f16_sums(self, channels: int) -> float:
+        u16, u32 = 2.0**-11, 2.0**-24
+        chunks = math.ceil(self.query.shape[-1] / channels)
+        error = (1 + u16) ** (channels // 2) * (1 + u32) ** (2 * chunks + 8) - 1
+        if self.options.get("score") == "laplacian":
+            x = reference.l1_scores(self.query, self.key, **{**self.options, "score": "distance"})
+            error = math.expm1(error * x.nan_to_num(0, 0).max().item()) if x.numel() else error
+        else:
+            error = error / (1 - error)
+        return (1 + error) * (1 + u16) - 1
+
     def _gradient_bound64(self, like: torch.Tensor) -> float:
         terms = self.grad.numel() / max(1, math.prod(like.shape[:-1]))
         return 2 * self._score_bound64() + torch.finfo(torch.float64).eps * (terms + 3)
@@ -224,6 +265,27 @@ def assert_same_special(result: Any, expected: Any) -> None:
     _expect("result", result, expected.shape, expected.dtype)
     if not _same_special(result, expected):
         raise AssertionError(f"NaN or infinity at other places:\n{result}\nexpected\n{expected}")
+
+
+def first_mismatch(
+    name: str, result: Any, exact: torch.Tensor, size: torch.Tensor | None, bound: float
+) -> Mismatch | None:
+    """The first element, if any, that is off by more than ``bound * size``, or NaN or infinite unlike ``exact``.
+
+    Without ``size`` only NaN and infinities are compared.
+    """
+    tensor = as_tensor(result)
+    rounded = exact.to(tensor.dtype)
+    special = ~(tensor.isfinite() & rounded.isfinite())
+    same = (tensor == rounded) | (tensor.isnan() & rounded.isnan())
+    wrong = special & ~same
+    if size is not None:
+        wrong |= ~special & ((tensor.double() - exact).abs() > bound * size)
+    if not wrong.any():
+        return None
+    index = tuple(int(n) for n in wrong.nonzero()[0])
+    count = int(wrong.sum())
+    return Mismatch(name, index, exact[index].item(), tensor[index].item(), count, tensor.numel())
 
 
 def _raise_unless(name: str, agreement: Agreement) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from cases import LENGTHS
 
 import l1attn_cupy as l1
-from l1attn_cupy import reference, testing
+from l1attn_cupy import testing
 from l1attn_cupy.cuda import registry
 from l1attn_cupy.cuda.registry import Variant
 
@@ -107,11 +106,8 @@ def problem(
 def assert_scores(machine: Machine, kernel: Kernel, expected: testing.Expected) -> torch.Tensor:
     """Run the kernel on the inputs of ``expected``; returns the scores, which are within their bound."""
     result = machine.scores(kernel, expected.query, expected.key, **expected.options)
-    if kernel.variant.name == "half2":
-        agreement = expected.scores(result)
-        assert agreement.error <= half2_bound(kernel.variant, expected), agreement
-    else:
-        expected.assert_scores(result)
+    agreement = expected.scores(result, kernel.variant.f16_sums)
+    assert agreement.ok, agreement
     return result
 
 
@@ -121,24 +117,3 @@ def assert_gradients(machine: Machine, kernel: Kernel, expected: testing.Expecte
     for scores in (saved, None):
         gradients = machine.gradients(kernel, expected.grad, expected.query, expected.key, scores, **expected.options)
         expected.assert_gradients(*gradients)
-
-
-def half2_bound(variant: Variant, expected: testing.Expected) -> float:
-    """Worst case, relative to the score, of differences and partial sums in float16.
-
-    With u = 2**-11, half a step of float16: a difference is rounded once, and passes through as many additions, less
-    one, as there are pairs in a chunk of BLOCK_E channels (the first is to 0, and exact). No term is negative, so the
-    sum is off by no more than the worst term. Chunks are added up in float32, where each takes two roundings; eight
-    more are scale, eps and F, which may be 2 ulp off. F turns a relative error e of x into one of x * e / (eps + x),
-    less than e, or into exp(x * e) - 1. At last the result is rounded to float16.
-    """
-    u16, u32 = 2.0**-11, 2.0**-24
-    pairs = variant.parameters["BLOCK_E"] // 2
-    chunks = math.ceil(expected.query.shape[-1] / variant.parameters["BLOCK_E"])
-    error = (1 + u16) ** pairs * (1 + u32) ** (2 * chunks + 8) - 1
-    if expected.options.get("score") == "laplacian":
-        x = reference.l1_scores(expected.query, expected.key, **{**expected.options, "score": "distance"})
-        error = math.expm1(error * x.nan_to_num(0, 0).max().item()) if x.numel() else error
-    else:
-        error = error / (1 - error)
-    return (1 + error) * (1 + u16) - 1

@@ -80,6 +80,14 @@ def missing() -> str:
     return ""
 
 
+def versions() -> tuple[str, ...]:
+    """Of NVRTC and of each tool; raises `ToolMissing` where there is none."""
+    nvrtc = ".".join(map(str, _nvrtc().getVersion()))
+    for tool in _PACKAGES:
+        _tool(tool)
+    return (nvrtc, *(importlib.metadata.version(package) for package in _PACKAGES.values()))
+
+
 def architectures() -> tuple[str, ...]:
     """The compute capabilities that the installed NVRTC compiles for, such as "75" and "90"."""
     return tuple(str(number) for number in _nvrtc().getSupportedArchs())
@@ -210,6 +218,17 @@ _ABSOLUTE = re.compile(r"\|[^|]+\|")
 _SUMS = ("FADD", "DADD", "HADD2", "HFMA2")  # what may add an absolute value; comparisons take one, too
 
 
+#: Kinds of instructions, and how their opcodes begin; "arithmetic" is `Instruction.floating_point`.
+KINDS = {
+    "arithmetic": r"(?!)",
+    "shared memory": r"LDS|STS|LDSM|ATOMS",
+    "global memory": r"LDG|STG|LD\b|ST\b|LDGSTS|RED|ATOMG?|LDL|STL|LDC|ULDC",
+    "conversion": r"F2F|F2I|I2F|PRMT|HADD2\.F32",
+    "integer": r"U?(IADD|IMAD|IMNMX|VIMNMX|IABS|LEA|LOP|PLOP|SHF|SHL|SHR|ISETP|SEL|FLO|POPC|BMSK|SGXT|VIADD)",
+    "control": r"BRA|BSSY|BSYNC|BAR|EXIT|WARPSYNC|NOP|SHFL|VOTE|CALL|RET|DEPBAR|BREAK|BRX",
+}
+
+
 class Instruction(NamedTuple):
     """One machine instruction.
 
@@ -237,6 +256,13 @@ class Instruction(NamedTuple):
     def floating_point(self) -> bool:
         """Whether it is floating-point arithmetic, comparison or selection (16-bit and 64-bit included)."""
         return _FLOATING.match(self.opcode) is not None
+
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS` it is, or "other"."""
+        if self.floating_point:
+            return "arithmetic"
+        return next((kind for kind, pattern in KINDS.items() if re.match(pattern, self.opcode)), "other")
 
     @property
     def terms(self) -> int:
@@ -298,6 +324,11 @@ class Loop:
     def floating_point(self) -> int:
         """Floating-point instructions in one turn."""
         return sum(instruction.floating_point for instruction in self.instructions)
+
+    def kinds(self) -> dict[str, int]:
+        """Instructions in one turn by kind; the kinds are those of `KINDS`, then "other"."""
+        counts = Counter(instruction.kind for instruction in self.instructions)
+        return {kind: counts[kind] for kind in (*KINDS, "other") if counts[kind]}
 
     @property
     def floating_point_per_term(self) -> float:
@@ -397,6 +428,20 @@ def terms_per_step(variant: Variant) -> Fraction:
     if variant.atomic:
         sides = ("BLOCK_Q", "BLOCK_E")
     return Fraction(_product(variant, sides), variant.parameters["THREADS"])
+
+
+def budget(variant: Variant) -> float:
+    """The fewest floating-point instructions that a term takes; half of them where ``f16_sums`` packs two terms.
+
+    A sum takes a subtraction and an addition of the absolute value; a sign for one gradient a subtraction, a
+    multiplication that saturates, and one that adds; with ATOMIC=1 one more addition serves the second gradient.
+    """
+    if variant.op not in _BUDGETS:
+        raise ValueError(f"op must be one of {', '.join(_BUDGETS)}, got {variant.op!r}")
+    return (_BUDGETS[variant.op] + variant.atomic) / (2 if variant.f16_sums else 1)
+
+
+_BUDGETS = {"scores_forward": 2, "scores_backward": 3}
 
 
 def _product(variant: Variant, keys: Iterable[str]) -> int:

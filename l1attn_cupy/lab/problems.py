@@ -1,0 +1,178 @@
+"""What a kernel is checked with, op by op: inputs that are hard on it, the call, and the formula in float64.
+
+A new op needs an entry in `OPS`, with a function that runs one problem and says how far off the result is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+import l1attn_cupy as l1
+
+from .. import reference, testing
+from ..cuda import registry
+from ..cuda.registry import KernelError, Variant
+from ..testing import Agreement, Expected
+
+
+class Problem(NamedTuple):
+    """Inputs for one call.
+
+    Parameters
+    ----------
+    title : str
+        What is hard about it.
+    sizes : tuple of int
+        L, S and E.
+    score : str
+        Which F.
+    kind : str
+        "" for normally distributed numbers, or "ties", "special" (NaN and infinities), "broadcast" or "strided".
+    """
+
+    title: str
+    sizes: tuple[int, int, int]
+    score: str
+    kind: str = ""
+
+    def __str__(self) -> str:
+        length_q, length_k, channels = self.sizes
+        return f'{self.title}: L={length_q} S={length_k} E={channels}, score "{self.score}"'
+
+
+#: The first are small: what is badly wrong shows at once.
+PROBLEMS = (
+    Problem("odd sizes", (33, 65, 33), "inverse"),
+    Problem("one of each", (1, 1, 1), "distance"),
+    Problem("ties", (65, 65, 31), "inverse", "ties"),
+    Problem("NaN and infinity", (33, 65, 65), "negative", "special"),
+    Problem("rows apart in memory", (31, 33, 32), "distance", "strided"),
+    Problem("broadcast batch", (33, 31, 17), "laplacian", "broadcast"),
+    Problem("multiples of tiles", (128, 128, 64), "laplacian"),
+    Problem("beyond a tile", (129, 257, 97), "inverse"),
+    Problem("no channels", (3, 5, 0), "inverse"),
+)
+
+
+class Op(NamedTuple):
+    """How to check an op: runs a problem on a backend, by the variant that `registry.only` sets."""
+
+    run: Callable[[Variant, str, str, Problem], list[Agreement]]
+    terms: int  # per |q - k|: what a timed call counts as
+    fewest_channels: int = 0
+
+
+def of(variant: Variant) -> Op:
+    """How to check the op of ``variant``."""
+    if variant.op not in OPS:
+        raise KernelError(f"{variant.where}: the lab cannot check {variant.op} yet, only {', '.join(OPS)}")
+    return OPS[variant.op]
+
+
+def problems(variant: Variant, dtype: str) -> list[Problem]:
+    """Those that a call by this variant's name would bring to this very line, sizes brought within its limits."""
+    fewest = of(variant).fewest_channels
+    found: dict[tuple, Problem] = {}
+    for problem in PROBLEMS:
+        sizes = tuple(_within(variant, key, n) for key, n in zip("qke", problem.sizes, strict=True))
+        named = dict(zip("qke", sizes, strict=True))
+        if sizes[2] < fewest or _line_for(variant, dtype, named) != variant.line:
+            continue
+        found.setdefault((sizes, problem.kind), problem._replace(sizes=sizes))
+    if not found:
+        raise KernelError(f"{variant.where}: no call comes to this line; another of the file takes all its sizes")
+    return list(found.values())
+
+
+def _within(variant: Variant, key: str, size: int) -> int:
+    return min(max(size, variant.limits.get(f"min_{key}", 0)), variant.limits.get(f"max_{key}", size))
+
+
+def _line_for(variant: Variant, dtype: str, sizes: dict[str, int]) -> int | None:
+    lines = sorted(registry.read(variant.path), key=lambda v: (-v.rank, v.line))
+    return next((line.line for line in lines if line.fits(dtype, sizes)), None)
+
+
+def check(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
+    """Run one problem by ``variant``, with its parameters as they are."""
+    with registry.only(variant):
+        return of(variant).run(variant, dtype, backend, problem)
+
+
+# ---- scores -------------------------------------------------------------------------------------------------------
+
+
+def _scores_forward(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
+    query, key, _ = _inputs(problem, dtype)
+    options = _options(problem)
+    device = _device(backend)
+    result = l1.l1_scores(query.to(device), key.to(device), backend=backend, variant=variant.name, **options)
+    return [Expected(query, key, **options).scores(result.cpu(), variant.f16_sums)]
+
+
+def _scores_backward(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
+    query, key, grad = _inputs(problem, dtype)
+    options = _options(problem)
+    saved = reference.l1_scores(query, key, **options).to(query.dtype)
+    arrays = [_to(tensor, backend) for tensor in (grad, query, key, saved)]
+    results = l1.l1_scores_backward(*arrays, backend=backend, variant=variant.name, **options)
+    dquery, dkey = (result.cpu() for result in results)
+    if problem.kind != "special":
+        return list(Expected(query, key, grad, **options).gradients(dquery, dkey))
+    exact = reference.l1_scores_backward(grad, query, key, **options)
+    return [
+        _special(name, result, one)
+        for name, result, one in zip(("dquery", "dkey"), (dquery, dkey), exact, strict=True)
+    ]
+
+
+def _special(name: str, result: torch.Tensor, exact: torch.Tensor) -> Agreement:
+    """Whether NaN and infinities are where the formula has them, in gradients that sum over them."""
+    wrong = testing.first_mismatch(name, result, exact, None, 0.0)
+    return Agreement(float("inf") if wrong else 0.0, 1.0, wrong)
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    """So that no score leaves the range of float16, and none rounds to 0 beside an infinite gradient."""
+    return {"score": problem.score, "scale": 0.05 if problem.kind == "special" else max(problem.sizes[2], 1) ** -0.5}
+
+
+def _device(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def _to(tensor: torch.Tensor, backend: str) -> torch.Tensor:
+    return tensor.to(_device(backend))
+
+
+def _inputs(problem: Problem, dtype: str) -> Sequence[torch.Tensor]:
+    """Query, key and gradient of the scores."""
+    length_q, length_k, channels = problem.sizes
+    batch_q: tuple[int, ...]
+    batch_q, batch_k = ((3, 1), (1, 2)) if problem.kind == "broadcast" else ((2,), (2,))
+    shapes = (*batch_q, length_q, channels), (*batch_k, length_k, channels)
+    query, key, grad = testing.inputs(*shapes, dtype, ties=problem.kind in ("ties", "special"))
+    if problem.kind == "special":
+        for at, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+            query[0, at % length_q, at % channels] = value
+            key[-1, (at + 3) % length_k, (at + 2) % channels] = value
+    if problem.kind == "strided":
+        query, key, grad = (_apart(tensor) for tensor in (query, key, grad))
+    return query, key, grad
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with NaN between the rows: a kernel that takes rows to be neighbours reads it."""
+    room = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
+    room[..., : tensor.shape[-1]] = tensor
+    return room[..., : tensor.shape[-1]]
+
+
+#: How to check each op of `registry.OPS`.
+OPS = {
+    "scores_forward": Op(_scores_forward, terms=1),
+    "scores_backward": Op(_scores_backward, terms=2, fewest_channels=1),
+}

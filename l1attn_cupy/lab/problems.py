@@ -108,8 +108,8 @@ def check(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[
 def _scores_forward(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
     query, key, _ = _inputs(problem, dtype)
     options = _options(problem)
-    device = _device(backend)
-    result = l1.l1_scores(query.to(device), key.to(device), backend=backend, variant=variant.name, **options)
+    arrays = (_place(tensor, backend, problem) for tensor in (query, key))
+    result = l1.l1_scores(*arrays, backend=backend, variant=variant.name, **options)
     return [Expected(query, key, **options).scores(result.cpu(), variant.f16_sums)]
 
 
@@ -117,8 +117,8 @@ def _scores_backward(variant: Variant, dtype: str, backend: str, problem: Proble
     query, key, grad = _inputs(problem, dtype)
     options = _options(problem)
     saved = reference.l1_scores(query, key, **options).to(query.dtype)
-    arrays = [_to(tensor, backend) for tensor in (grad, query, key, saved)]
-    results = l1.l1_scores_backward(*arrays, backend=backend, variant=variant.name, **options)
+    *arrays, scores = (_place(tensor, backend, problem) for tensor in (grad, query, key, saved))
+    results = l1.l1_scores_backward(*arrays, scores=scores, backend=backend, variant=variant.name, **options)
     dquery, dkey = (result.cpu() for result in results)
     if problem.kind != "special":
         return list(Expected(query, key, grad, **options).gradients(dquery, dkey))
@@ -140,14 +140,6 @@ def _options(problem: Problem) -> dict[str, Any]:
     return {"score": problem.score, "scale": 0.05 if problem.kind == "special" else max(problem.sizes[2], 1) ** -0.5}
 
 
-def _device(backend: str) -> str:
-    return "cuda" if backend == "cuda" else "cpu"
-
-
-def _to(tensor: torch.Tensor, backend: str) -> torch.Tensor:
-    return tensor.to(_device(backend))
-
-
 def _inputs(problem: Problem, dtype: str) -> Sequence[torch.Tensor]:
     """Query, key and gradient of the scores."""
     length_q, length_k, channels = problem.sizes
@@ -159,13 +151,14 @@ def _inputs(problem: Problem, dtype: str) -> Sequence[torch.Tensor]:
         for at, value in enumerate((torch.inf, -torch.inf, torch.nan)):
             query[0, at % length_q, at % channels] = value
             key[-1, (at + 3) % length_k, (at + 2) % channels] = value
-    if problem.kind == "strided":
-        query, key, grad = (_apart(tensor) for tensor in (query, key, grad))
     return query, key, grad
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers with NaN between the rows: a kernel that takes rows to be neighbours reads it."""
+def _place(tensor: torch.Tensor, backend: str, problem: Problem) -> torch.Tensor:
+    """The tensor where the backend wants it; "strided" has NaN between rows, for kernels that take them for neighbours."""
+    tensor = tensor.to("cuda" if backend == "cuda" else "cpu")
+    if problem.kind != "strided":
+        return tensor
     room = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
     room[..., : tensor.shape[-1]] = tensor
     return room[..., : tensor.shape[-1]]

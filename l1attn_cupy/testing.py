@@ -63,15 +63,15 @@ class Mismatch(NamedTuple):
     """The first wrong element of a result, and how many there are."""
 
     name: str
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     expected: float
     got: float
-    count: int
+    wrong: int
     total: int
 
     def __str__(self) -> str:
-        place = f"{self.name}[{', '.join(map(str, self.index))}]"
-        return f"{place} must be {self.expected:.7g}, got {self.got:.7g} ({self.count} of {self.total} are wrong)"
+        element = f"{self.name}[{', '.join(map(str, self.place))}]"
+        return f"{element} must be {self.expected:.7g}, got {self.got:.7g} ({self.wrong} of {self.total} are wrong)"
 
 
 class Agreement(NamedTuple):
@@ -283,9 +283,8 @@ def first_mismatch(
         wrong |= ~special & ((tensor.double() - exact).abs() > bound * size)
     if not wrong.any():
         return None
-    index = tuple(int(n) for n in wrong.nonzero()[0])
-    count = int(wrong.sum())
-    return Mismatch(name, index, exact[index].item(), tensor[index].item(), count, tensor.numel())
+    first = tuple(int(n) for n in wrong.nonzero()[0])
+    return Mismatch(name, first, exact[first].item(), tensor[first].item(), int(wrong.sum()), tensor.numel())
 
 
 def _raise_unless(name: str, agreement: Agreement) -> None:

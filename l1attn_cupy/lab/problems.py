@@ -58,10 +58,26 @@ PROBLEMS = (
 
 
 class Op(NamedTuple):
-    """How to check an op: runs a problem on a backend, by the variant that `registry.only` sets."""
+    """How to check and time an op.
+
+    Parameters
+    ----------
+    run : callable
+        Runs a problem on a backend, by the variant that `registry.only` sets; how far off each result is.
+    prepare : callable
+        Inputs of a shape (B, L, S, E) on the GPU, as a call without arguments by the variant of that name.
+    terms : int
+        Terms for each ``|q - k|`` of a call.
+    limit : str
+        Which of the limits of `gpu` its terms have: "forward" or "backward".
+    fewest_channels : int
+        With fewer a call does not come to a kernel.
+    """
 
     run: Callable[[Variant, str, str, Problem], list[Agreement]]
-    terms: int  # per |q - k|: what a timed call counts as
+    prepare: Callable[[str, str, Sequence[int]], Callable[[], Any]]
+    terms: int
+    limit: str
     fewest_channels: int = 0
 
 
@@ -77,8 +93,8 @@ def problems(variant: Variant, dtype: str) -> list[Problem]:
     fewest = of(variant).fewest_channels
     found: dict[tuple, Problem] = {}
     for problem in PROBLEMS:
-        sizes = tuple(_within(variant, key, n) for key, n in zip("qke", problem.sizes, strict=True))
-        named = dict(zip("qke", sizes, strict=True))
+        named = {key: _within(variant, key, n) for key, n in zip("qke", problem.sizes, strict=True)}
+        sizes = named["q"], named["k"], named["e"]
         if sizes[2] < fewest or _line_for(variant, dtype, named) != variant.line:
             continue
         found.setdefault((sizes, problem.kind), problem._replace(sizes=sizes))
@@ -124,8 +140,7 @@ def _scores_backward(variant: Variant, dtype: str, backend: str, problem: Proble
         return list(Expected(query, key, grad, **options).gradients(dquery, dkey))
     exact = reference.l1_scores_backward(grad, query, key, **options)
     return [
-        _special(name, result, one)
-        for name, result, one in zip(("dquery", "dkey"), (dquery, dkey), exact, strict=True)
+        _special(name, result, one) for name, result, one in zip(("dquery", "dkey"), (dquery, dkey), exact, strict=True)
     ]
 
 
@@ -155,7 +170,7 @@ def _inputs(problem: Problem, dtype: str) -> Sequence[torch.Tensor]:
 
 
 def _place(tensor: torch.Tensor, backend: str, problem: Problem) -> torch.Tensor:
-    """The tensor where the backend wants it; "strided" has NaN between rows, for kernels that take them for neighbours."""
+    """The tensor where the backend wants it; if "strided" with NaN between rows, for kernels that see neighbours."""
     tensor = tensor.to("cuda" if backend == "cuda" else "cpu")
     if problem.kind != "strided":
         return tensor
@@ -164,8 +179,25 @@ def _place(tensor: torch.Tensor, backend: str, problem: Problem) -> torch.Tensor
     return room[..., : tensor.shape[-1]]
 
 
+def _prepare_forward(name: str, dtype: str, shape: Sequence[int]) -> Callable[[], Any]:
+    query, key, _ = _on_gpu(dtype, shape)
+    return lambda: l1.l1_scores(query, key, variant=name)
+
+
+def _prepare_backward(name: str, dtype: str, shape: Sequence[int]) -> Callable[[], Any]:
+    query, key, grad = _on_gpu(dtype, shape)
+    saved = l1.l1_scores(query, key)
+    return lambda: l1.l1_scores_backward(grad, query, key, scores=saved, variant=name)
+
+
+def _on_gpu(dtype: str, shape: Sequence[int]) -> list[torch.Tensor]:
+    batch, length_q, length_k, channels = shape
+    inputs = testing.inputs((batch, length_q, channels), (batch, length_k, channels), dtype)
+    return [tensor.cuda() for tensor in inputs]
+
+
 #: How to check each op of `registry.OPS`.
 OPS = {
-    "scores_forward": Op(_scores_forward, terms=1),
-    "scores_backward": Op(_scores_backward, terms=2, fewest_channels=1),
+    "scores_forward": Op(_scores_forward, _prepare_forward, terms=1, limit="forward"),
+    "scores_backward": Op(_scores_backward, _prepare_backward, terms=2, limit="backward", fewest_channels=1),
 }

@@ -1,0 +1,206 @@
+"""`lab try`: what became of a file that somebody has edited, once or again on each save."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from ..cuda import registry
+from ..cuda.registry import KernelError, Variant
+from . import checking, child, screen, timing
+from .checking import Cost, Done, Note, Read, Right, Unusable, Using, Wrong
+from .child import Died
+from .shapes import Shape
+from .timing import Timed
+
+#: Beside the time limit of a kernel, seconds for compilers.
+COMPILING = 60.0
+_POLL = 0.05
+
+
+class Verdict:
+    """What has been said about a file so far, as something to look at."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.begin = time.perf_counter()
+        self.events: list = []
+        self.first: float | None = None  # seconds until the first dtype was known to be right, or something wrong
+
+    def add(self, event: object) -> None:
+        self.events.append(event)
+        if self.first is None and isinstance(event, Right | Wrong | Unusable | Died):
+            self.first = time.perf_counter() - self.begin
+
+    @property
+    def right(self) -> bool:
+        return any(isinstance(event, Done) and event.right for event in self.events)
+
+    def parts(self) -> Iterator[RenderableType]:
+        """In the order in which they come; tables once they are complete."""
+        for event in self.events:
+            if not isinstance(event, Cost | Timed):
+                yield self._line(event)
+        yield from _tables(self.events)
+        if any(isinstance(event, Done) for event in self.events):
+            yield self._summary()
+
+    def _line(self, event: object) -> RenderableType:
+        match event:
+            case Read(variants, origin):
+                like = f", like {origin.path.name}" if origin else ""
+                return Text(f'{self.path.name}: variant "{variants[0].name}" of {variants[0].op}{like}', style="bold")
+            case Using("emulator", why):
+                return Text(f"by emulation on the CPU ({why}): every access to memory is checked, nothing is timed")
+            case Using(backend, why):
+                return Text(f"on the GPU ({why})")
+            case Right(variant, dtype, count, closest):
+                text = f"{dtype}, line {variant.line}: {count} problems, errors at most {closest:.2f} of their bound"
+                return screen.bullet("right", "bold green", text)
+            case Wrong(variant, dtype, problem, message):
+                head = screen.bullet("WRONG", "bold red", f"{dtype}, {self.path.name}:{variant.line}: {problem}")
+                return Group(head, screen.lines(message, "", " " * 9))
+            case Unusable(message) | Died(message):
+                return Group(screen.bullet("ERROR", "bold red", ""), screen.lines(message, "", "  "))
+            case Note(message):
+                return screen.bullet("note", "dim", message)
+        return Text("", end="")
+
+    def _summary(self) -> Text:
+        if not self.right:
+            return Text("Not right yet: nothing was timed.", style="bold red")
+        variants = next(event.variants for event in self.events if isinstance(event, Read))
+        return Text(f"All right. {how_to_use(variants[0])}", style="bold green")
+
+
+def how_to_use(variant: Variant) -> str:
+    """What to set and to write for a call to get ``variant``."""
+    try:
+        known = variant.path.parent.resolve() in [folder.resolve() for folder in registry.folders()]
+    except KernelError:
+        known = False
+    setting = "" if known else f" with L1ATTN_KERNELS={variant.path.parent.resolve()}"
+    return f'Use it by variant="{variant.name}"{setting}.'
+
+
+def _tables(events: Iterable) -> Iterator[RenderableType]:
+    costs = [event for event in events if isinstance(event, Cost)]
+    if costs:
+        arch = costs[0].costs.arch
+        made = screen.table("dtype", "line", *screen.COST_COLUMNS, title=f"machine code for sm_{arch}; instructions of "
+                            "the hot loop per term, the arithmetic of which has a budget")  # fmt: skip
+        for event in costs:
+            line = str(event.variant.line)
+            made.add_row(event.dtype, line, *screen.cost_cells(event.costs, event.variant))
+            if event.origin:
+                made.add_row("", "before", *screen.cost_cells(event.origin, event.variant), style="dim")
+        yield made
+    timed = [event for event in events if isinstance(event, Timed)]
+    if timed:
+        made = screen.table("dtype", "kernel", " ms", " 1e9 terms/s", " of limit", " this is faster by",
+                            title=f"time on the GPU for {timed[0].shape}")  # fmt: skip
+        for event in timed:
+            name = {"this": event.variant.name, "origin": f"{event.variant.name} (copied from)",
+                    "default": f"{event.variant.name} (default)"}[event.role]  # fmt: skip
+            share = "-" if event.share is None else f"{event.share:.0%}"
+            made.add_row(event.dtype, name, screen.number(event.milliseconds), screen.number(event.rate / 1e9), share,
+                         "" if event.role == "this" else f"{event.ratio:.2f}x")  # fmt: skip
+        yield made
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def find(file: str) -> Path:
+    """A file by its path, or by its name in the user's folder or among the packaged kernels."""
+    given = Path(file)
+    if given.is_file():
+        return given.resolve()
+    for folder in registry.folders():
+        for name in (file, f"{file}.cu"):
+            if Path(name).name == name and (folder / name).is_file():
+                return (folder / name).resolve()
+    places = ", ".join(map(str, registry.folders()))
+    raise KernelError(f"FILE must be a .cu file, here or in {places}, got {file}")
+
+
+def events(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> Iterator[object]:
+    """Those of `checking.attempt`, from a child process."""
+    yield from child.stream(checking.attempt, path, backend, arch, limit, shape, limit=limit + COMPILING)
+
+
+def once(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> bool:
+    """Print everything as it comes; whether the file is right."""
+    out = screen.console()
+    verdict = Verdict(path)
+    for event in events(path, backend, arch, limit, shape):
+        verdict.add(event)
+        if not isinstance(event, Cost | Timed | Done):
+            out.print(verdict._line(event))
+    for part in _tables(verdict.events):
+        out.print(part)
+    out.print(verdict._summary())
+    return verdict.right
+
+
+def watch(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> None:
+    """Again on each save, of the file or of anything else that it depends on, until Ctrl-C."""
+    out = screen.console()
+    child.warm_up()
+    with Live(console=out, auto_refresh=False, screen=out.is_terminal, vertical_overflow="visible") as live:
+        while True:
+            stamp = _stamp(path)
+            verdict = Verdict(path)
+            for event in events(path, backend, arch, limit, shape):
+                verdict.add(event)
+                _show(live, out, verdict)
+                if _stamp(path) != stamp:
+                    break  # saved again: what is still to come is out of date
+            else:
+                verdict.add(_Waiting())
+                _show(live, out, verdict)
+            while _stamp(path) == stamp:
+                time.sleep(_POLL)
+
+
+class _Waiting:
+    """Everything has been said about this text of the file."""
+
+
+def _show(live: Live, out: Console, verdict: Verdict) -> None:
+    """On a terminal one screen; elsewhere a line at the first verdict and everything at the end."""
+    waiting = isinstance(verdict.events[-1], _Waiting)
+    took = "" if verdict.first is None else f", first verdict after {verdict.first:.2f} s"
+    state = "waiting for the next save, Ctrl-C ends" if waiting else "at work"
+    head = Text(f"{time.strftime('%H:%M:%S')} {verdict.path.name}: {state}{took}", style="reverse")
+    if out.is_terminal:
+        live.update(Group(head, *verdict.parts()), refresh=True)
+    elif waiting:
+        for part in (head, *verdict.parts()):
+            out.print(part)
+        out.file.flush()
+
+
+def _stamp(path: Path) -> tuple:
+    """Changes when the file does, or another kernel file; an editor may have moved it away for a moment."""
+    try:
+        state = os.stat(path)
+        return state.st_mtime_ns, state.st_size, state.st_ino, _others()
+    except OSError:
+        return (0, 0, 0, _others())
+
+
+def _others() -> int:
+    try:
+        return registry.generation()
+    except KernelError:
+        return -1
+
+
+__all__ = ["Verdict", "find", "once", "timing", "watch"]

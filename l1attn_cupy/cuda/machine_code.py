@@ -218,7 +218,8 @@ _ABSOLUTE = re.compile(r"\|[^|]+\|")
 _SUMS = ("FADD", "DADD", "HADD2", "HFMA2")  # what may add an absolute value; comparisons take one, too
 
 
-#: Kinds of instructions, and how their opcodes begin; "arithmetic" is `Instruction.floating_point`.
+#: Kinds of instructions, and how their opcodes begin; "arithmetic" is `Instruction.floating_point` but for
+#: conversions (from float16 it is an addition of zero).
 KINDS = {
     "arithmetic": r"(?!)",
     "shared memory": r"LDS|STS|LDSM|ATOMS",
@@ -260,7 +261,7 @@ class Instruction(NamedTuple):
     @property
     def kind(self) -> str:
         """Which of `KINDS` it is, or "other"."""
-        if self.floating_point:
+        if self.floating_point and not re.match(KINDS["conversion"], self.opcode):
             return "arithmetic"
         return next((kind for kind, pattern in KINDS.items() if re.match(pattern, self.opcode)), "other")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,10 +112,10 @@ def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Sha
         yield Unusable(str(error))
         yield Done(False)
         return
-    using = choose_backend(backend)
-    yield using
     origin, note = origin_of(variants[0])
     yield Read(variants, origin)
+    using = choose_backend(backend)
+    yield using
     if note:
         yield Note(note)
     right = True
@@ -135,7 +136,7 @@ def choose_backend(asked: str | None) -> Using:
     if asked == "cuda" and missing:
         raise KernelError(f"--backend cuda cannot be used here: {missing}")
     if asked == "emulator" or missing:
-        return Using("emulator", "as asked" if asked else missing.partition(":")[0])
+        return Using("emulator", "as asked" if asked else re.split(r"[:(]", missing)[0].strip())
     return Using("cuda", "there is a CUDA device")
 
 
@@ -230,14 +231,17 @@ def tidy(log: str) -> str:
 def _costs_of_all(variants: tuple[Variant, ...], origin: Variant | None, arch: str) -> Iterator[Event]:
     from ..cuda.machine_code import ToolMissing
 
-    for variant, dtype in kernels(variants):
+    def cost(kernel: tuple[Variant, str]) -> Cost:
+        variant, dtype = kernel
         other = same_dtype(origin, dtype)
+        return Cost(
+            variant, dtype, costs.costs(variant, dtype, arch), costs.costs(other, dtype, arch) if other else None
+        )
+
+    with ThreadPoolExecutor(2) as pool:  # the tools are programs of their own
         try:
-            of_other = costs.costs(other, dtype, arch) if other else None
-            yield Cost(variant, dtype, costs.costs(variant, dtype, arch), of_other)
+            yield from pool.map(cost, kernels(variants))
         except ToolMissing as error:
             yield Note(f"no machine code: {error}")
-            return
         except (KernelError, RuntimeError) as error:
             yield Unusable(str(error))
-            return

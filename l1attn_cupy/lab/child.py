@@ -32,7 +32,7 @@ def warm_up() -> None:
         from multiprocessing import forkserver
 
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["l1attn_cupy.lab.checking"])
+        context.set_forkserver_preload(["l1attn_cupy.lab.preload"])
         forkserver.ensure_running()
 
 

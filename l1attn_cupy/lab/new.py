@@ -48,7 +48,7 @@ def new(name: str, origin: str) -> Path:
         There is no such variant, or one with the new name; the folder is not set.
     """
     if not _NAME.fullmatch(name):
-        raise KernelError(f"NAME must be lower-case letters, digits and _, such as {'my_tiles'}, got {name!r}")
+        raise KernelError(f"NAME must be lower-case letters, digits and _, such as my_tiles, got {name!r}")
     folder = own_folder()
     source = find_variant(origin)
     taken = next((v for v in registry.variants(source.op) if v.name == name), None)
@@ -68,7 +68,7 @@ def edited(text: str, source: Variant, name: str) -> str:
     what = source.op.replace("_", " ")
     lines = header.splitlines()
     if lines and lines[0].startswith(f"// {source.path.name}:"):
-        what = lines[0].partition(": ")[2].split(",")[0].rstrip(".").split(";")[0]
+        what = lines[0].partition(": ")[2].partition(";")[0].rstrip(".")
         lines = lines[1:]
     kept = _without_delta(lines)
     first = next((i for i, line in enumerate(kept) if "@variant" in line), len(kept))

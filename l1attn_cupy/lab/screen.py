@@ -51,7 +51,7 @@ def lines(text: str, style: str = "", indent: str = "") -> Text:
 
 
 COST_COLUMNS = (
-    " regs", " spills", " shared", " occupancy", "limit", " arith", " shared mem", " global mem", " integer", " other",
+    " regs", " spills", " shared", " occupancy", "limit", " arith", " smem", " gmem", " integer", " other",
     " all", " budget",
 )  # fmt: skip
 

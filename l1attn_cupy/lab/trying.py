@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..cuda import registry
 from ..cuda.registry import KernelError, Variant
-from . import checking, child, screen, timing
+from . import checking, child, screen
 from .checking import Cost, Done, Note, Read, Right, Unusable, Using, Wrong
 from .child import Died
 from .shapes import Shape
@@ -58,7 +58,7 @@ class Verdict:
                 return Text(f'{self.path.name}: variant "{variants[0].name}" of {variants[0].op}{like}', style="bold")
             case Using("emulator", why):
                 return Text(f"by emulation on the CPU ({why}): every access to memory is checked, nothing is timed")
-            case Using(backend, why):
+            case Using(_, why):
                 return Text(f"on the GPU ({why})")
             case Right(variant, dtype, count, closest):
                 text = f"{dtype}, line {variant.line}: {count} problems, errors at most {closest:.2f} of their bound"
@@ -101,16 +101,16 @@ def _tables(events: Iterable) -> Iterator[RenderableType]:
             if event.origin:
                 made.add_row("", "before", *screen.cost_cells(event.origin, event.variant), style="dim")
         yield made
-    timed = [event for event in events if isinstance(event, Timed)]
-    if timed:
+    timings = [event for event in events if isinstance(event, Timed)]
+    if timings:
         made = screen.table("dtype", "kernel", " ms", " 1e9 terms/s", " of limit", " this is faster by",
-                            title=f"time on the GPU for {timed[0].shape}")  # fmt: skip
-        for event in timed:
-            name = {"this": event.variant.name, "origin": f"{event.variant.name} (copied from)",
-                    "default": f"{event.variant.name} (default)"}[event.role]  # fmt: skip
-            share = "-" if event.share is None else f"{event.share:.0%}"
-            made.add_row(event.dtype, name, screen.number(event.milliseconds), screen.number(event.rate / 1e9), share,
-                         "" if event.role == "this" else f"{event.ratio:.2f}x")  # fmt: skip
+                            title=f"time on the GPU for {timings[0].shape}")  # fmt: skip
+        for timed in timings:
+            name = {"this": timed.variant.name, "origin": f"{timed.variant.name} (copied from)",
+                    "default": f"{timed.variant.name} (default)"}[timed.role]  # fmt: skip
+            share = "-" if timed.share is None else f"{timed.share:.0%}"
+            made.add_row(timed.dtype, name, screen.number(timed.milliseconds), screen.number(timed.rate / 1e9), share,
+                         "" if timed.role == "this" else f"{timed.ratio:.2f}x")  # fmt: skip
         yield made
 
 
@@ -201,6 +201,3 @@ def _others() -> int:
         return registry.generation()
     except KernelError:
         return -1
-
-
-__all__ = ["Verdict", "find", "once", "timing", "watch"]

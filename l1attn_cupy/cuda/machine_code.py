@@ -437,12 +437,13 @@ def budget(variant: Variant) -> float:
     A sum takes a subtraction and an addition of the absolute value; a sign for one gradient a subtraction, a
     multiplication that saturates, and one that adds; with ATOMIC=1 one more addition serves the second gradient.
     """
-    if variant.op not in _BUDGETS:
-        raise ValueError(f"op must be one of {', '.join(_BUDGETS)}, got {variant.op!r}")
-    return (_BUDGETS[variant.op] + variant.atomic) / (2 if variant.f16_sums else 1)
+    if variant.op not in BUDGETS:
+        raise ValueError(f"op must be one of {', '.join(BUDGETS)}, got {variant.op!r}")
+    return (BUDGETS[variant.op] + variant.atomic) / (2 if variant.f16_sums else 1)
 
 
-_BUDGETS = {"scores_forward": 2, "scores_backward": 3}
+#: For each op the budget of a term for one gradient, or of a score, in float32.
+BUDGETS = {"scores_forward": 2, "scores_backward": 3}
 
 
 def _product(variant: Variant, keys: Iterable[str]) -> int:

@@ -102,7 +102,7 @@ def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Sha
     shape : Shape
         What is timed on a GPU.
     """
-    os.environ["L1ATTN_EMULATOR_TIME_LIMIT"] = str(limit)
+    set_time_limit(limit)
     try:
         variants = registry.read(path)
         for variant in variants:
@@ -126,6 +126,11 @@ def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Sha
         yield from _costs_of_all(variants, origin, arch)
         yield from timing.compare(variants, origin, using.backend, shape)
     yield Done(right)
+
+
+def set_time_limit(seconds: float) -> None:
+    """For each emulated launch of this process."""
+    os.environ["L1ATTN_EMULATOR_TIME_LIMIT"] = f"{seconds:g}"
 
 
 def choose_backend(asked: str | None) -> Using:

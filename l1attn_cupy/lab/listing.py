@@ -60,10 +60,11 @@ def why(op: str, dtype: str, shape: Shape) -> str:
     fitting = [v for v in registry.variants(op) if v.fits(dtype, shape.sizes)]
     others = [f"{v.name}:{v.line} ({v.rank})" for v in fitting if v.where != chosen.where]
     reason = (
-        f"of {len(fitting)} lines that take it, rank {chosen.rank} is the highest" if others else "no other takes it"
+        f"of {len(fitting)} lines that take it rank {chosen.rank} is the highest" if others else "no other takes it"
     )
     below = f"; then {', '.join(others)}" if others else ""
-    return f"{shape} {dtype}: {chosen.name} ({chosen.path.name}:{chosen.line}), {reason}{below}{_tuned(chosen, dtype, shape)}"
+    file = f"{chosen.path.name}:{chosen.line}"
+    return f"{shape} {dtype}: {chosen.name} ({file}), {reason}{below}{_tuned(chosen, dtype, shape)}"
 
 
 def _tuned(chosen: Variant, dtype: str, shape: Shape) -> str:

@@ -66,6 +66,8 @@ class Op(NamedTuple):
         Runs a problem on a backend, by the variant that `registry.only` sets; how far off each result is.
     prepare : callable
         Inputs of a shape (B, L, S, E) on the GPU, as a call without arguments by the variant of that name.
+    numbers : callable
+        Numbers that a call of a shape (B, L, S, E) must read and write at least.
     terms : int
         Terms for each ``|q - k|`` of a call.
     limit : str
@@ -76,6 +78,7 @@ class Op(NamedTuple):
 
     run: Callable[[Variant, str, str, Problem], list[Agreement]]
     prepare: Callable[[str, str, Sequence[int]], Callable[[], Any]]
+    numbers: Callable[[Sequence[int]], int]
     terms: int
     limit: str
     fewest_channels: int = 0
@@ -190,6 +193,17 @@ def _prepare_backward(name: str, dtype: str, shape: Sequence[int]) -> Callable[[
     return lambda: l1.l1_scores_backward(grad, query, key, scores=saved, variant=name)
 
 
+def _numbers_forward(shape: Sequence[int]) -> int:
+    """Query, key, scores."""
+    batch, length_q, length_k, channels = shape
+    return batch * (channels * (length_q + length_k) + length_q * length_k)
+
+
+def _numbers_backward(shape: Sequence[int]) -> int:
+    """Query, key, their gradients, scores and the gradient of these."""
+    return 2 * _numbers_forward(shape)
+
+
 def _on_gpu(dtype: str, shape: Sequence[int]) -> list[torch.Tensor]:
     batch, length_q, length_k, channels = shape
     inputs = testing.inputs((batch, length_q, channels), (batch, length_k, channels), dtype)
@@ -198,6 +212,6 @@ def _on_gpu(dtype: str, shape: Sequence[int]) -> list[torch.Tensor]:
 
 #: How to check each op of `registry.OPS`.
 OPS = {
-    "scores_forward": Op(_scores_forward, _prepare_forward, terms=1, limit="forward"),
-    "scores_backward": Op(_scores_backward, _prepare_backward, terms=2, limit="backward", fewest_channels=1),
+    "scores_forward": Op(_scores_forward, _prepare_forward, _numbers_forward, 1, "forward"),
+    "scores_backward": Op(_scores_backward, _prepare_backward, _numbers_backward, 2, "backward", fewest_channels=1),
 }

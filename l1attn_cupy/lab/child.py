@@ -11,9 +11,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
+
+from ..cuda.registry import KernelError
 
 
 class Died(NamedTuple):
@@ -61,6 +64,8 @@ def stream(work: Callable[..., Iterator[Any]], *arguments: Any, limit: float) ->
             if isinstance(event, _End):
                 return
             yield event
+            if isinstance(event, Died):
+                return
     finally:
         _stop(process)
         ours.close()
@@ -72,9 +77,14 @@ def _child(pipe: Connection, environment: dict[str, str], work: Callable[..., It
     os.environ.clear()
     os.environ.update(environment)
     with contextlib.suppress(BrokenPipeError):
-        for event in work(*arguments):
-            pipe.send(event)
-        pipe.send(_End())
+        try:
+            for event in work(*arguments):
+                pipe.send(event)
+            pipe.send(_End())
+        except KernelError as error:
+            pipe.send(Died(str(error)))
+        except Exception:  # a fault of the lab: all that is known of it, as the process ends here
+            pipe.send(Died(traceback.format_exc()))
 
 
 def _stop(process: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ..cuda import machine_code, registry
 from ..cuda.machine_code import KINDS, ToolMissing
 from ..cuda.registry import KernelError, Variant
+from ..plan import ITEMSIZE
 from . import checking, child, costs, problems, screen, timing
 from .costs import Costs
 from .shapes import Shape
@@ -73,13 +74,6 @@ class Page(NamedTuple):
     points: list[Point]
     peers: list[tuple[str, float]]
 
-    @property
-    def terms_per_byte(self) -> float:
-        """Of a call that moves nothing twice."""
-        op = problems.OPS[self.op]
-        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
-        return op.terms * self.shape.pairs / (itemsize * op.numbers(self.shape))
-
 
 def write(op: str, dtype: str, shape: Shape, arch: str, bench: Path | None, output: Path) -> None:
     """Make the page as a self-contained HTML or PNG file.
@@ -100,6 +94,11 @@ def write(op: str, dtype: str, shape: Shape, arch: str, bench: Path | None, outp
     output.write_bytes(picture if output.suffix == ".png" else as_html(page, picture).encode())
 
 
+def terms_per_byte(op: str, dtype: str, shape: Shape) -> float:
+    """Of a call that moves nothing twice."""
+    return problems.OPS[op].terms * shape.pairs / (ITEMSIZE[dtype] * problems.OPS[op].numbers(shape))
+
+
 # ---- figures ------------------------------------------------------------------------------------------------------
 
 
@@ -108,11 +107,11 @@ def gather(op: str, dtype: str, shape: Shape, arch: str, bench: dict[str, Any]) 
     found = [v for v in registry.variants(op) if v.fits(dtype, shape.sizes)]
     measured = _measure(found, dtype, shape)
     roofs = measured.roofs if measured else _roofs(op, dtype, arch, bench)
-    points = []
+    intensity, points = terms_per_byte(op, dtype, shape), []
     for at, variant in enumerate(found):
         known = _costs(variant, dtype, arch)
         slots = known.slots_per_term if known else None
-        possible = roofs.terms * _budget(op, dtype) / slots if slots else None
+        possible = min(roofs.terms * _budget(op, dtype) / slots, roofs.bandwidth * intensity) if slots else None
         points.append(Point(variant, known, measured.rates[at] if measured else possible, measured is not None))
     if not any(point.rate for point in points):
         raise KernelError(
@@ -191,8 +190,8 @@ def _peers(op: str, dtype: str, shape: Shape, bench: dict[str, Any]) -> Iterator
     for row in bench.get("rows", ()):
         same = (row["op"], row["dtype"], tuple(row["shape"])) == (problems.OPS[op].limit, dtype, tuple(shape))
         if same and row["median"]:
-            name = "default, then" if row["peer"] == "ours" else row["peer"]
-            yield f"{name} ({bench['device']})", row["median"] * 1e9
+            name = "l1attn_cupy" if row["peer"] == "ours" else row["peer"]
+            yield f"{name}, benchmark", row["median"] * 1e9
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------
@@ -225,8 +224,8 @@ def draw(page: Page, kind: str) -> bytes:
 
 
 def _draw_roofline(axes: Any, page: Page) -> None:
-    intensity = page.terms_per_byte
-    ridge = page.roofs.terms / page.roofs.bandwidth
+    intensity = terms_per_byte(page.op, page.dtype, page.shape)
+    ridge = page.roofs.terms / page.roofs.bandwidth  # where both roofs meet
     ends = [min(intensity, ridge) / 8, max(intensity, ridge) * 4]
     axes.loglog([ends[0], ridge, ends[1]], [page.roofs.bandwidth * ends[0], page.roofs.terms, page.roofs.terms], "k-")
     axes.text(ends[1], page.roofs.terms * 1.05, f"limit {page.roofs.terms:.3g} terms/s", ha="right")
@@ -239,7 +238,7 @@ def _draw_roofline(axes: Any, page: Page) -> None:
     for at, (name, rate) in enumerate(page.peers):
         axes.plot(intensity, rate, "x", color=f"C{at}", label=f"{name} {rate / page.roofs.terms:.2%}")
     axes.set(xlabel="terms for each byte that must be moved", ylabel="terms/s", title="Roofline")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def _draw_instructions(axes: Any, page: Page) -> None:

@@ -73,9 +73,11 @@ def cost_cells(costs: Costs, variant: Variant) -> list[str]:
     ]
 
 
-def bullet(sign: str, style: str, text: str, indent: str = "") -> Text:
-    """A word that catches the eye, and a line."""
-    return Text.assemble((f"{sign:9}", style), (text, ""), overflow="fold") if not indent else lines(text, "", indent)
+def bullet(sign: str, style: str, text: str) -> Text:
+    """A word that catches the eye, and text beside it."""
+    first, *more = text.splitlines() or [""]
+    beside = "".join(f"\n{' ' * 9}{line}" for line in more)
+    return Text.assemble((f"{sign:9}", style), first, beside, overflow="fold")
 
 
 def joined(names: Sequence[str]) -> str:

@@ -64,10 +64,10 @@ class Verdict:
                 text = f"{dtype}, line {variant.line}: {count} problems, errors at most {closest:.2f} of their bound"
                 return screen.bullet("right", "bold green", text)
             case Wrong(variant, dtype, problem, message):
-                head = screen.bullet("WRONG", "bold red", f"{dtype}, {self.path.name}:{variant.line}: {problem}")
-                return Group(head, screen.lines(message, "", " " * 9))
+                place = f"{dtype}, {self.path.name}:{variant.line}: {problem}"
+                return screen.bullet("WRONG", "bold red", f"{place}\n{message}")
             case Unusable(message) | Died(message):
-                return Group(screen.bullet("ERROR", "bold red", ""), screen.lines(message, "", "  "))
+                return screen.bullet("ERROR", "bold red", message)
             case Note(message):
                 return screen.bullet("note", "dim", message)
         return Text("", end="")

@@ -120,15 +120,10 @@ def _ask(wanted: Wanted) -> Place:
 
 def place_of(backend: str | None, arch: str) -> Iterator[Any]:
     """Runs in a child."""
-    try:
-        used = checking.choose_backend(backend)
-    except KernelError as error:
-        yield child.Died(str(error))
-        return
-    if used.backend == "cuda":
+    if checking.choose_backend(backend).backend == "cuda":
         yield Place("cuda", devices.names("cuda", "cuda:0")[0])
     elif missing := machine_code.missing():
-        yield child.Died(f"without a GPU variants are ranked by machine code, which cannot be had here: {missing}")
+        raise KernelError(f"without a GPU variants are ranked by machine code, which cannot be had here: {missing}")
     else:
         yield Place("emulator", f"sm_{arch}")
 

@@ -118,6 +118,10 @@ def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Sha
     yield using
     if note:
         yield Note(note)
+    for variant in variants:
+        if variant.choices:
+            first = " ".join(f"{name}={values[0]}" for name, values in variant.choices.items())
+            yield Note(f"line {variant.line} lists values: {first} is tried, lab tune tries them all")
     right = True
     for event in _check_all(variants, using.backend):
         right = right and isinstance(event, Right)

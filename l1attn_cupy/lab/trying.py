@@ -27,16 +27,16 @@ _POLL = 0.05
 class Verdict:
     """What has been said about a file so far, as something to look at."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, saved: float) -> None:
         self.path = path
-        self.begin = time.perf_counter()
+        self.saved = saved
         self.events: list = []
-        self.first: float | None = None  # seconds until the first dtype was known to be right, or something wrong
+        self.first: float | None = None  # seconds from the save until a dtype was known to be right, or the file wrong
 
     def add(self, event: object) -> None:
         self.events.append(event)
         if self.first is None and isinstance(event, Right | Wrong | Unusable | Died):
-            self.first = time.perf_counter() - self.begin
+            self.first = time.time() - self.saved
 
     @property
     def right(self) -> bool:
@@ -138,7 +138,7 @@ def events(path: Path, backend: str | None, arch: str, limit: float, shape: Shap
 def once(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> bool:
     """Print everything as it comes; whether the file is right."""
     out = screen.console()
-    verdict = Verdict(path)
+    verdict = Verdict(path, time.time())
     for event in events(path, backend, arch, limit, shape):
         verdict.add(event)
         if not isinstance(event, Cost | Timed | Done):
@@ -152,11 +152,11 @@ def once(path: Path, backend: str | None, arch: str, limit: float, shape: Shape)
 def watch(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> None:
     """Again on each save, of the file or of anything else that it depends on, until Ctrl-C."""
     out = screen.console()
-    child.warm_up()
-    with Live(console=out, auto_refresh=False, screen=out.is_terminal, vertical_overflow="visible") as live:
+    saved = time.time()
+    with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
         while True:
             stamp = _stamp(path)
-            verdict = Verdict(path)
+            verdict = Verdict(path, saved)
             for event in events(path, backend, arch, limit, shape):
                 verdict.add(event)
                 _show(live, out, verdict)
@@ -167,6 +167,7 @@ def watch(path: Path, backend: str | None, arch: str, limit: float, shape: Shape
                 _show(live, out, verdict)
             while _stamp(path) == stamp:
                 time.sleep(_POLL)
+            saved = _when_saved(path, stamp)
 
 
 class _Waiting:
@@ -194,6 +195,12 @@ def _stamp(path: Path) -> tuple:
         return state.st_mtime_ns, state.st_size, state.st_ino, _others()
     except OSError:
         return (0, 0, 0, _others())
+
+
+def _when_saved(path: Path, before: tuple) -> float:
+    """When the file was saved; or just now, if it is another one that has changed."""
+    now = _stamp(path)
+    return now[0] * 1e-9 if now[:3] != before[:3] and now[0] else time.time() - _POLL
 
 
 def _others() -> int:

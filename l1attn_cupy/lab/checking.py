@@ -207,7 +207,7 @@ def check(variant: Variant, dtype: str, backend: str) -> Right | Wrong | Unusabl
     """One line with one dtype: all problems, until one goes wrong."""
     closest, count = 0.0, 0
     try:
-        for problem in problems.problems(variant, dtype):
+        for problem in problems.problems(variant):
             try:
                 agreements = problems.check(variant, dtype, backend, problem)
             except (EmulatorCompileError, KernelError):

@@ -91,28 +91,20 @@ def of(variant: Variant) -> Op:
     return OPS[variant.op]
 
 
-def problems(variant: Variant, dtype: str) -> list[Problem]:
-    """Those that a call by this variant's name would bring to this very line, sizes brought within its limits."""
+def problems(variant: Variant) -> list[Problem]:
+    """All of `PROBLEMS`, their sizes brought within the limits of ``variant``."""
     fewest = of(variant).fewest_channels
     found: dict[tuple, Problem] = {}
     for problem in PROBLEMS:
-        named = {key: _within(variant, key, n) for key, n in zip("qke", problem.sizes, strict=True)}
-        sizes = named["q"], named["k"], named["e"]
-        if sizes[2] < fewest or _line_for(variant, dtype, named) != variant.line:
-            continue
-        found.setdefault((sizes, problem.kind), problem._replace(sizes=sizes))
-    if not found:
-        raise KernelError(f"{variant.where}: no call comes to this line; another of the file takes all its sizes")
+        length_q, length_k, channels = (_within(variant, k, n) for k, n in zip("qke", problem.sizes, strict=True))
+        sizes = length_q, length_k, channels
+        if channels >= fewest:
+            found.setdefault((sizes, problem.kind), problem._replace(sizes=sizes))
     return list(found.values())
 
 
 def _within(variant: Variant, key: str, size: int) -> int:
     return min(max(size, variant.limits.get(f"min_{key}", 0)), variant.limits.get(f"max_{key}", size))
-
-
-def _line_for(variant: Variant, dtype: str, sizes: dict[str, int]) -> int | None:
-    lines = sorted(registry.read(variant.path), key=lambda v: (-v.rank, v.line))
-    return next((line.line for line in lines if line.fits(dtype, sizes)), None)
 
 
 def check(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:

@@ -232,10 +232,8 @@ def _parse(path: Path, number: int, text: str) -> Variant:
         raise KernelError(f"{where}: dtypes lists one twice, got {dtypes}")
     if not set(kinds) <= set(DTYPES):
         raise KernelError(f"{where}: dtypes must be a list from {','.join(DTYPES)}, got {dtypes}")
-    lists = {key: words.pop(key) for key, value in list(words.items()) if key.isupper() and "," in value}
-    choices = {key: _numbers(where, key, value) for key, value in lists.items()}
-    numbers = {key: _number(where, key, value) for key, value in words.items()}
-    numbers |= {key: values[0] for key, values in choices.items()}
+    choices = {key: _numbers(where, key, value) for key, value in words.items() if key.isupper() and "," in value}
+    numbers = {key: choices[key][0] if key in choices else _number(where, key, value) for key, value in words.items()}
     limits = {key: numbers.pop(key) for key in _LIMITS if key in numbers}
     rank, f16_sums = numbers.pop("rank", 0), numbers.pop("f16_sums", 0)
     unknown = [key for key in numbers if not re.fullmatch(r"[A-Z][A-Z0-9_]*", key)]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ..cuda import registry
+from ..cuda import devices, registry
 from ..cuda.registry import KernelError, Variant
 from ..emulator.errors import EmulatorCompileError, EmulatorError
 from . import costs, problems, timing
@@ -21,10 +21,10 @@ from .shapes import Shape
 
 
 class Using(NamedTuple):
-    """What runs the kernels: "cuda" or "emulator", and why."""
+    """What runs the kernels: "cuda" and the card's name, or "emulator" and why."""
 
     backend: str
-    why: str
+    note: str
 
 
 class Read(NamedTuple):
@@ -146,7 +146,7 @@ def choose_backend(asked: str | None) -> Using:
         raise KernelError(f"--backend cuda cannot be used here: {missing}")
     if asked == "emulator" or missing:
         return Using("emulator", "as asked" if asked else re.split(r"[:(]", missing)[0].strip())
-    return Using("cuda", "there is a CUDA device")
+    return Using("cuda", devices.names("cuda", "cuda:0")[0])
 
 
 def check_entry(variant: Variant) -> None:
@@ -213,7 +213,8 @@ def check(variant: Variant, dtype: str, backend: str) -> Right | Wrong | Unusabl
             except (EmulatorCompileError, KernelError):
                 raise
             except (EmulatorError, RuntimeError) as error:
-                return Wrong(variant, dtype, str(problem), str(error))
+                hint = "\nWith --backend emulator it is told at which line." if backend == "cuda" else ""
+                return Wrong(variant, dtype, str(problem), f"{error}{hint}")
             for agreement in agreements:
                 if not agreement.ok or agreement.wrong:
                     return Wrong(variant, dtype, str(problem), str(agreement.wrong or agreement))

@@ -56,10 +56,10 @@ class Verdict:
             case Read(variants, origin):
                 like = f", like {origin.path.name}" if origin else ""
                 return Text(f'{self.path.name}: variant "{variants[0].name}" of {variants[0].op}{like}', style="bold")
-            case Using("emulator", why):
-                return Text(f"by emulation on the CPU ({why}): every access to memory is checked, nothing is timed")
-            case Using(_, why):
-                return Text(f"on the GPU ({why})")
+            case Using("emulator", note):
+                return Text(f"by emulation on the CPU ({note}): every access to memory is checked, nothing is timed")
+            case Using(_, note):
+                return Text(f"on the GPU, {note}")
             case Right(variant, dtype, count, closest):
                 text = f"{dtype}, line {variant.line}: {count} problems, errors at most {closest:.2f} of their bound"
                 return screen.bullet("right", "bold green", text)

@@ -26,7 +26,7 @@ def test_try_times_a_right_kernel(capsys, folder):
     status, text = lab(capsys, "try", damaged(folder, NAME, DELTA), "--shape", "8x512x512x64")
     assert status == 0, text
     assert "on the GPU, " in text
-    rows = re.findall(r"^float32 +(mine|gather|tiled)\b.* (\d+)% *([\d.]+x)?$", text, re.MULTILINE)
+    rows = re.findall(r"^float32 +(mine|gather|tiled)\b.* (\d+)% *([\d.]+x)? *$", text, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["mine", "gather", "tiled"], text
     assert all(0 < int(share) <= 105 for _, share, _ in rows)
     assert 0.7 < float(rows[1][2][:-1]) < 1.4

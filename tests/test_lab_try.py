@@ -47,7 +47,7 @@ def test_try_shows_machine_code_beside_the_origin(capsys, folder):
     status, text = lab(capsys, "try", NAME)
     assert status == 0, text
     profile = machine_code.profile(registry.read(file)[0], "float32")
-    row = next(line.split() for line in text.splitlines() if re.match("float32 +7 ", line))
+    row = next(line.split() for line in text.splitlines() if line.strip().startswith("7 f32"))
     before = next(line.split() for line in text.splitlines() if line.strip().startswith("before"))
     found = profile.resources
     assert row[2:5] == [str(found.registers), str(found.spilled), str(found.shared)]

@@ -20,12 +20,14 @@ def show(out: Console, ops: Sequence[str], dtype: str | None, shape: Shape | Non
         title = (
             f"{op}: registers, shared memory and occupancy on sm_{arch} for {dtype or 'the first dtype of each line'}"
         )
-        made = screen.table("variant", "file", "dtypes", "parameters", "sizes", " rank", " regs", " shared",
-                            " occupancy", title=title)  # fmt: skip
+        made = screen.table("file", "dtypes", "sizes", " rank", " regs", " shared", " occ.", title=title)
+        below = screen.table("variant", "parameters")
         found = [v for v in registry.variants(op) if dtype in (None, *v.dtypes)]
         for variant in track(found, f"compiling {op}", console=screen.console(stderr=True), transient=True):
             made.add_row(*_row(variant, dtype or variant.dtypes[0], arch, bool(missing)))
+            below.add_row(f"{variant.name}:{variant.line}", screen.parameters(variant))
         out.print(made)
+        out.print(below)
         if shape:
             for kind in [dtype] if dtype else registry.DTYPES.values():
                 out.print(screen.lines(why(op, kind, shape), "", "  "))
@@ -39,8 +41,8 @@ def show(out: Console, ops: Sequence[str], dtype: str | None, shape: Shape | Non
 
 def _row(variant: Variant, dtype: str, arch: str, missing: bool) -> list[str]:
     sizes = " ".join(f"{name}={value}" for name, value in variant.limits.items())
-    cells = [variant.name, f"{variant.path.name}:{variant.line}", screen.joined(variant.dtypes),
-             screen.parameters(variant), sizes or "any", str(variant.rank)]  # fmt: skip
+    file = f"{variant.path.name}:{variant.line}"
+    cells = [file, screen.joined(variant.dtypes), sizes or "any", str(variant.rank)]
     if missing:
         return [*cells, "-", "-", "-"]
     try:

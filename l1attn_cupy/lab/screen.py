@@ -14,6 +14,7 @@ from ..cuda import machine_code
 from ..cuda.registry import Variant
 from .costs import Costs
 
+_SHORT_LIMIT = {"registers": "regs", "shared memory": "smem"}
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
 
 
@@ -25,11 +26,13 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(*columns: str, title: str = "") -> Table:
-    """Columns without lines; those whose name begins with a space are numbers."""
-    made = Table(box=None, pad_edge=False, title=title or None, title_justify="left", header_style="bold")
+    """Columns without lines; those whose name begins with a space are numbers. A narrow terminal cuts text, not them."""
+    made = Table(
+        box=None, pad_edge=False, collapse_padding=True, title=title or None, title_justify="left", header_style="bold"
+    )
     for column in columns:
         numbers = column.startswith(" ")
-        made.add_column(column.strip(), justify="right" if numbers else "left", no_wrap=numbers)
+        made.add_column(column.strip(), justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     return made
 
 
@@ -51,16 +54,21 @@ def lines(text: str, style: str = "", indent: str = "") -> Text:
 
 
 COST_COLUMNS = (
-    " regs", " spills", " shared", " occupancy", "limit", " arith", " smem", " gmem", " integer", " other",
-    " all", " budget",
+    " regs", " spills", " shared", " occ.", "limit", " arith", " smem", " gmem", " int", " other", " all", " budget",
 )  # fmt: skip
 
 
 def cost_cells(costs: Costs, variant: Variant) -> list[str]:
     """For `COST_COLUMNS`: resources, then instructions of the hot loop per term by kind."""
     found = costs.resources
-    occupancy = costs.occupancy
-    cells = [str(found.registers), str(found.spilled), str(found.shared), f"{occupancy.share:.0%}", occupancy.limit]
+    share, limit = costs.occupancy.share, costs.occupancy.limit
+    cells = [
+        str(found.registers),
+        str(found.spilled),
+        str(found.shared),
+        f"{share:.0%}",
+        _SHORT_LIMIT.get(limit, limit),
+    ]
     if not costs.terms:
         return [*cells, *["-"] * 6, number(machine_code.budget(variant))]
     per_term = {kind: count / costs.terms for kind, count in costs.kinds.items()}

@@ -93,13 +93,13 @@ def _tables(events: Iterable) -> Iterator[RenderableType]:
     costs = [event for event in events if isinstance(event, Cost)]
     if costs:
         arch = costs[0].costs.arch
-        made = screen.table("dtype", "line", *screen.COST_COLUMNS, title=f"machine code for sm_{arch}; instructions of "
-                            "the hot loop per term, the arithmetic of which has a budget")  # fmt: skip
+        title = f"machine code for sm_{arch}; from arith on, instructions of the hot loop per term"
+        made = screen.table(" line", *screen.COST_COLUMNS, title=title)
         for event in costs:
-            line = str(event.variant.line)
-            made.add_row(event.dtype, line, *screen.cost_cells(event.costs, event.variant))
+            name = f"{event.variant.line} {screen.SHORT[event.dtype]}"
+            made.add_row(name, *screen.cost_cells(event.costs, event.variant))
             if event.origin:
-                made.add_row("", "before", *screen.cost_cells(event.origin, event.variant), style="dim")
+                made.add_row("before", *screen.cost_cells(event.origin, event.variant), style="dim")
         yield made
     timings = [event for event in events if isinstance(event, Timed)]
     if timings:

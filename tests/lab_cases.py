@@ -29,10 +29,10 @@ def damaged(folder: Path, name: str, *changes: tuple[str, str], file: Path = GAT
         assert old in text, old
         text = text.replace(old, new)
     made = folder / name
-    made.write_text(text)
+    made.write_text(text, encoding="utf-8", errors="surrogateescape")
     return made
 
 
 def line_of(file: Path, part: str) -> int:
     """Number of the first line with ``part``."""
-    return next(n for n, line in enumerate(file.read_text().splitlines(), 1) if part in line)
+    return next(n for n, line in enumerate(file.read_text(errors="replace").splitlines(), 1) if part in line)

@@ -14,7 +14,7 @@ from child import ROOT
 from lab_cases import GATHER, damaged, lab, line_of
 
 from l1attn_cupy.cuda import machine_code, registry
-from l1attn_cupy.lab import checking, child
+from l1attn_cupy.lab import checking, child, problems, shapes
 
 NAME = "scores_forward_mine.cu"
 STORE = "out[j0 + column] = to_scalar(result[0]);"
@@ -84,6 +84,7 @@ FAULTS = {
         r"{file}:{line}: unknown key speed; known are op, dtypes, rank",
     ),
     "key given twice": ([("rank=0", "THREADS=64")], "@variant", r"{file}:{line}: THREADS is given twice"),
+    "no UTF-8": ([("the baseline", "the b\udce4seline")], "the b", r"{file}:1: not UTF-8 text: invalid"),
     "static_assert": (
         [("BLOCK_K=32 THREADS=256", "BLOCK_K=32 THREADS=48")],
         "% 32 == 0",
@@ -161,6 +162,22 @@ def test_try_backward_wrong_sign(capsys, folder):
     status, text = lab(capsys, "try", file)
     assert status == 1
     assert re.search(r"dkey\[0, 0, 0\] must be -?[\d.]+, got -?[\d.]+ \(\d+ of 2145 are wrong\)", text), text
+
+
+def test_try_says_that_a_name_is_there_twice(capsys, folder):
+    """One's own file replaces the packaged one of the same name; better to know it."""
+    status, text = lab(capsys, "try", damaged(folder, GATHER.name))
+    assert status == 0, text
+    assert f"there is another file of this name, {GATHER}; the one in L1ATTN_KERNELS is used" in text
+
+
+def test_try_op_that_the_lab_does_not_know(capsys, folder, monkeypatch):
+    """One that was added to the registry alone."""
+    monkeypatch.delitem(problems.OPS, "scores_forward")
+    events = list(checking.attempt(damaged(folder, NAME), "emulator", "90", 1.0, shapes.USUAL))
+    assert events[0].message == f"{folder / NAME}:7: the lab cannot check scores_forward yet, only scores_backward"
+    status, text = lab(capsys, "report", "scores_forward")
+    assert (status, text) == (2, "error: the lab cannot report on scores_forward yet, only on scores_backward\n")
 
 
 def test_try_half_sums_have_a_bound_of_their_own(capsys, folder):

@@ -200,7 +200,11 @@ def read(path: Path) -> tuple[Variant, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _read(path: Path, modified: int) -> tuple[Variant, ...]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise KernelError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
     matches = [(number, match["rest"]) for number, line in enumerate(lines, 1) if (match := _LINE.match(line))]
     if not matches:
         raise KernelError(f"{path}:1: no '// @variant op=... dtypes=... BLOCK_...=... THREADS=...' line")

@@ -108,12 +108,13 @@ def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Sha
         for variant in variants:
             problems.of(variant)
             check_entry(variant)
-    except (KernelError, OSError, UnicodeDecodeError) as error:
+    except (KernelError, OSError) as error:
         yield Unusable(str(error))
         yield Done(False)
         return
     origin, note = origin_of(variants[0])
     yield Read(variants, origin)
+    yield from _namesakes(variants[0])
     using = choose_backend(backend)
     yield using
     if note:
@@ -178,6 +179,14 @@ def origin_of(variant: Variant) -> tuple[Variant | None, str]:
     except KernelError as error:
         return None, f"not compared with other variants: {error}"
     return (found[0], "") if found else (None, "")
+
+
+def _namesakes(variant: Variant) -> Iterator[Event]:
+    """Another file of the same name: one's own is used instead of a packaged one, where calls find it."""
+    for folder in registry.folders():
+        other = folder / variant.path.name
+        if other.is_file() and other.resolve() != variant.path.resolve():
+            yield Note(f"there is another file of this name, {other}; the one in L1ATTN_KERNELS is used")
 
 
 def same_dtype(variant: Variant | None, dtype: str) -> Variant | None:

@@ -26,7 +26,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(*columns: str, title: str = "") -> Table:
-    """Columns without lines; those whose name begins with a space are numbers. A narrow terminal cuts text, not them."""
+    """Columns without lines; those whose name begins with a space are numbers, which no narrow terminal cuts."""
     made = Table(
         box=None, pad_edge=False, collapse_padding=True, title=title or None, title_justify="left", header_style="bold"
     )

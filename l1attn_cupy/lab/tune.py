@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..cuda import devices, machine_code, registry, tuning
 from ..cuda.machine_code import ToolMissing
 from ..cuda.registry import KernelError, Variant
-from . import checking, child, costs, new, screen, timing
+from . import checking, child, costs, new, problems, screen, timing
 from .checking import Right
 from .costs import Costs
 from .shapes import Shape
@@ -99,6 +99,7 @@ def _cases(wanted: Wanted) -> Iterator[tuple[Variant, str, Shape]]:
     for shape in wanted.shapes:
         for dtype in dtypes:
             variant = registry.choose(wanted.op, dtype, shape.sizes, wanted.variant)
+            problems.of(variant)  # whether the lab knows how to check it
             if not variant.choices:
                 raise KernelError(
                     f"{variant.where}: there is nothing to tune, no parameter lists values (BLOCK_Q=64,128)"

@@ -209,7 +209,9 @@ def test_list_says_which_variant_a_call_gets_and_why(capsys, folder):
         chosen = registry.choose("scores_forward", registry.DTYPES[dtype], sizes, None)
         assert status == 0
         assert re.search(rf"{shape} float\d\d: {chosen.name} \({chosen.path.name}:{chosen.line}\)", text), text
-        assert f"rank {chosen.rank} is the highest" in text
+        fitting = [v for v in registry.variants("scores_forward") if v.fits(registry.DTYPES[dtype], sizes)]
+        others = ", ".join(f"{v.name}:{v.line} ({v.rank})" for v in fitting[1:])
+        assert f"of {len(fitting)} lines that take it rank {chosen.rank} is the highest; then {others}" in text
     status, text = lab(capsys, "list", "scores_forward", "--shape", "2x33x33x16", "--dtype", "f64")
     assert "elsewhere BLOCK_K=32, the first of each list" in text
 
@@ -296,11 +298,12 @@ def test_tune_writes_what_the_next_call_uses(capsys, folder, monkeypatch):
 @needs_tools
 def test_tune_leaves_out_what_is_wrong(capsys, folder):
     """The best by machine code is not the winner if emulation finds it wrong."""
-    damaged(folder, NAME, ("BLOCK_K=32", "BLOCK_K=32 SKIP=1,2"), ("e += 32)", "e += 32 * SKIP)"))
+    damaged(folder, NAME, ("BLOCK_K=32", "BLOCK_K=32 SKIP=2,1"), ("e += 32)", "e += 32 * SKIP)"))
     file = folder / "elsewhere.json"
     status, text = lab(capsys, "tune", "scores_forward", "--variant", "mine", "--shapes", SHAPE, "--output", file)
     assert status == 0, text
     assert tuning.read(file)[0].parameters == {"SKIP": 1}
+    assert re.search(r"^- +SKIP=2 .*wrong: scores\[0, 0, 0\] must be .* default", text, re.MULTILINE), text
     assert f"which calls read once it lies in {folder / 'tuning'}" in text
 
 
@@ -384,6 +387,9 @@ def test_report_html(capsys, folder):
             found = costs.costs(variant, "float32")
             assert f"<td>{variant.name}:{variant.line}</td>" in page
             assert f"<td>{found.slots_per_term:.2f}</td>" in page
+            assert (
+                f"<td>{machine_code.budget(variant) / found.slots_per_term:.0%}</td>" in page
+            )  # of the limit, at most
     assert "cdist, benchmark" in page
     assert "Nothing was run" in page
 

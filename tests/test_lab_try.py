@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -274,6 +275,8 @@ def test_watch_says_again_on_each_save(folder):
     command = [sys.executable, "-u", "-m", "l1attn_cupy.lab", "try", str(file), "--watch"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
+        guard = threading.Timer(180, process.kill)  # or a test that waits for a line waits for ever
+        guard.start()
         try:
             seen = [_verdict(process)]
             for changes in ([("to_scalar(result[0])", "to_scalar(-result[0])")], []):
@@ -282,6 +285,7 @@ def test_watch_says_again_on_each_save(folder):
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 130
         finally:
+            guard.cancel()
             process.kill()
     assert [verdict for verdict, _ in seen] == ["All right.", "Not right yet:", "All right."]
     assert all(0 < seconds < 60 for _, seconds in seen)

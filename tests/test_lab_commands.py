@@ -48,7 +48,7 @@ def no_tools(monkeypatch):
 def test_lab_help(capsys, command):
     status, text = lab(capsys, *filter(None, [command]), "--help")
     assert status == 0
-    assert "usage: lab" in text
+    assert "usage: python -m l1attn_cupy.lab" in text
 
 
 def test_lab_script_and_module_are_the_same():
@@ -78,6 +78,10 @@ def test_lab_says_what_to_install():
         (["list", "--shape", "8x0x8x8"], "a shape must be BxLxSxE, such as 8x1024x1024x64, got '8x0x8x8'"),
         (["list", "--arch", "999"], "--arch must be one of 75, .*, got 999"),
         (["tune", "sideways", "--shapes", "1x1x1x1"], "OP must be one of"),
+        (
+            ["report", "scores_forward", "--output", "no/where.png"],
+            "--output must lie in a folder that exists, got no/wh",
+        ),
         (["report", "scores_forward", "--output", "page.pdf"], "--output must end in .html or .png, got page.pdf"),
         (
             ["report", "scores_forward", "--bench", "nowhere.json"],

@@ -172,6 +172,15 @@ def test_try_says_that_a_name_is_there_twice(capsys, folder):
     assert f"there is another file of this name, {GATHER}; the one in L1ATTN_KERNELS is used" in text
 
 
+def test_try_beside_a_file_that_is_broken(capsys, folder):
+    """Calls without a variant's name fail on it; what is tried is right all the same, and the other is named."""
+    other = damaged(folder, "scores_forward_broken.cu", ("rank=0", "speed=9"))
+    file = damaged(folder, NAME, ("Delta     nothing", "Delta     like scores_forward_gather.cu: nothing"))
+    status, text = lab(capsys, "try", file)
+    assert status == 0, text
+    assert f"not compared with other variants: {other}:7: unknown key speed" in text
+
+
 def test_try_op_that_the_lab_does_not_know(capsys, folder, monkeypatch):
     """One that was added to the registry alone."""
     monkeypatch.delitem(problems.OPS, "scores_forward")

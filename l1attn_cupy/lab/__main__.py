@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_NEEDS = ("rich", "torch")
+_NEEDS = ("rich", "torch", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,16 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # | head
         sys.stderr.close()
         return 1
+    except OSError as error:  # a file that cannot be read or written
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     shown = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser(prog="lab", description=__doc__, formatter_class=shown)
+    made = argparse.ArgumentParser(prog="python -m l1attn_cupy.lab", description=__doc__, formatter_class=shown)
     commands = made.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
+        added = commands.add_parser(name, description=text)
         added.set_defaults(command=run)
         return added
 

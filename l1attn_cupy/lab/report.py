@@ -83,10 +83,12 @@ def write(op: str, dtype: str, shape: Shape, arch: str, bench: Path | None, outp
     KernelError
         The op is not known to the lab, or there are neither a GPU nor tools for machine code.
     ValueError
-        ``output`` is neither .html nor .png, or ``bench`` cannot be read.
+        ``output`` is neither .html nor .png, or in no folder, or ``bench`` cannot be read.
     """
     if output.suffix not in (".html", ".png"):
         raise ValueError(f"--output must end in .html or .png, got {output}")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output must lie in a folder that exists, got {output}")
     if op not in problems.OPS:
         raise KernelError(f"the lab cannot report on {op} yet, only on {', '.join(problems.OPS)}")
     page = gather(op, dtype, shape, arch, _read(bench) if bench else {})

@@ -37,8 +37,8 @@ def table(*columns: str, title: str = "") -> Table:
 
 
 def number(value: float | None, suffix: str = "") -> str:
-    """Three significant digits, or a dash."""
-    return "-" if value is None else f"{value:.3g}{suffix}"
+    """Three significant digits, or all in front of the point, or a dash."""
+    return "-" if value is None else f"{value:.0f}{suffix}" if abs(value) >= 100 else f"{value:.3g}{suffix}"
 
 
 def parameters(variant: Variant, values: Mapping[str, int] | None = None) -> str:

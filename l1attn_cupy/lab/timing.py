@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..cuda import devices, registry, tuning
-from ..cuda.registry import Variant
+from ..cuda.registry import KernelError, Variant
 from . import problems
 from .shapes import Shape
 
@@ -52,8 +52,12 @@ def compare(variants: Sequence[Variant], origin: Variant | None, backend: str, s
         mine = next((v for v in variants if v.fits(dtype, shape.sizes)), None)
         if mine is None:
             continue
-        default = registry.choose(mine.op, dtype, shape.sizes, None)
-        default = tuning.tuned(default, dtype, shape.sizes, devices.names("cuda", "cuda:0"))
+        try:
+            default = registry.choose(mine.op, dtype, shape.sizes, None)
+            default = tuning.tuned(default, dtype, shape.sizes, devices.names("cuda", "cuda:0"))
+        except KernelError as error:  # in another file
+            yield Note(f"not compared with the default: {error}")
+            default = mine
         source = next((v for v in registry.read(origin.path) if v.fits(dtype, shape.sizes)), None) if origin else None
         entrants = {"this": mine, "origin": source, "default": default}
         yield from rank({role: variant for role, variant in entrants.items() if variant}, dtype, shape)

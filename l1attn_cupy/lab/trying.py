@@ -45,13 +45,14 @@ class Verdict:
     def parts(self) -> Iterator[RenderableType]:
         """In the order in which they come; tables once they are complete."""
         for event in self.events:
-            if not isinstance(event, Cost | Timed):
-                yield self._line(event)
+            if (line := self.line(event)) is not None:
+                yield line
         yield from _tables(self.events)
         if any(isinstance(event, Done) for event in self.events):
-            yield self._summary()
+            yield self.summary()
 
-    def _line(self, event: object) -> RenderableType:
+    def line(self, event: object) -> RenderableType | None:
+        """What to say of an event at once; None where a table or the summary says it."""
         match event:
             case Read(variants, origin):
                 like = f", like {origin.path.name}" if origin else ""
@@ -70,9 +71,10 @@ class Verdict:
                 return screen.bullet("ERROR", "bold red", message)
             case Note(message):
                 return screen.bullet("note", "dim", message)
-        return Text("", end="")
+        return None
 
-    def _summary(self) -> Text:
+    def summary(self) -> Text:
+        """The last line."""
         if not self.right:
             return Text("Not right yet: nothing was timed.", style="bold red")
         variants = next(event.variants for event in self.events if isinstance(event, Read))
@@ -141,33 +143,40 @@ def once(path: Path, backend: str | None, arch: str, limit: float, shape: Shape)
     verdict = Verdict(path, time.time())
     for event in events(path, backend, arch, limit, shape):
         verdict.add(event)
-        if not isinstance(event, Cost | Timed | Done):
-            out.print(verdict._line(event))
+        if (line := verdict.line(event)) is not None:
+            out.print(line)
     for part in _tables(verdict.events):
         out.print(part)
-    out.print(verdict._summary())
+    out.print(verdict.summary())
     return verdict.right
 
 
 def watch(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> None:
     """Again on each save, of the file or of anything else that it depends on, until Ctrl-C."""
     out = screen.console()
-    saved = time.time()
-    with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
-        while True:
-            stamp = _stamp(path)
-            verdict = Verdict(path, saved)
-            for event in events(path, backend, arch, limit, shape):
-                verdict.add(event)
-                _show(live, out, verdict)
-                if _stamp(path) != stamp:
-                    break  # saved again: what is still to come is out of date
-            else:
-                verdict.add(_Waiting())
-                _show(live, out, verdict)
-            while _stamp(path) == stamp:
-                time.sleep(_POLL)
-            saved = _when_saved(path, stamp)
+    verdict = Verdict(path, time.time())
+    try:
+        with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
+            while True:
+                stamp = _stamp(path)
+                _look(live, out, verdict, events(path, backend, arch, limit, shape), stamp)
+                while _stamp(path) == stamp:
+                    time.sleep(_POLL)
+                verdict = Verdict(path, _when_saved(path, stamp))
+    finally:
+        if out.is_terminal:  # what stood on the screen that is gone now
+            out.print(*verdict.parts(), sep="\n")
+
+
+def _look(live: Live, out: Console, verdict: Verdict, coming: Iterator[object], stamp: tuple) -> None:
+    """Show what comes; stop where the file has been saved again, as the rest would be out of date."""
+    for event in coming:
+        verdict.add(event)
+        _show(live, out, verdict)
+        if _stamp(verdict.path) != stamp:
+            return
+    verdict.add(_Waiting())
+    _show(live, out, verdict)
 
 
 class _Waiting:

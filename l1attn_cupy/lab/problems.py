@@ -26,17 +26,20 @@ class Problem(NamedTuple):
     title : str
         What is hard about it.
     sizes : tuple of int
-        L, S and E.
+        L, S and E; what is added to ``tiles``, where that is not 0.
     score : str
         Which F.
     kind : str
         "" for normally distributed numbers, or "ties", "special" (NaN and infinities), "broadcast" or "strided".
+    tiles : int
+        How many chunks of channels beside one tile of queries and one of keys.
     """
 
     title: str
     sizes: tuple[int, int, int]
     score: str
     kind: str = ""
+    tiles: int = 0
 
     def __str__(self) -> str:
         length_q, length_k, channels = self.sizes
@@ -51,8 +54,8 @@ PROBLEMS = (
     Problem("NaN and infinity", (33, 65, 65), "negative", "special"),
     Problem("rows apart in memory", (31, 33, 32), "distance", "strided"),
     Problem("broadcast batch", (33, 31, 17), "laplacian", "broadcast"),
-    Problem("multiples of tiles", (128, 128, 32), "laplacian"),
-    Problem("beyond a tile", (129, 131, 37), "inverse"),
+    Problem("whole tiles", (0, 0, 0), "laplacian", tiles=2),
+    Problem("beyond a tile", (1, 3, 5), "inverse", tiles=3),
     Problem("no channels", (3, 5, 0), "inverse"),
 )
 
@@ -96,11 +99,22 @@ def problems(variant: Variant) -> list[Problem]:
     fewest = of(variant).fewest_channels
     found: dict[tuple, Problem] = {}
     for problem in PROBLEMS:
-        length_q, length_k, channels = (_within(variant, k, n) for k, n in zip("qke", problem.sizes, strict=True))
+        wanted = zip("qke", _sizes(variant, problem), strict=True)
+        length_q, length_k, channels = (_within(variant, key, size) for key, size in wanted)
         sizes = length_q, length_k, channels
         if channels >= fewest:
             found.setdefault((sizes, problem.kind), problem._replace(sizes=sizes))
     return list(found.values())
+
+
+def _sizes(variant: Variant, problem: Problem) -> Sequence[int]:
+    """Those of a problem, or as many as the tiles of ``variant`` have and a few more; small tiles count as 32."""
+    if not problem.tiles:
+        return problem.sizes
+    blocks = variant.parameters
+    rows = [max(32, blocks.get(f"BLOCK_{side}", blocks.get("BLOCK_X", 0))) for side in "QK"]
+    tile = (*rows, problem.tiles * blocks.get("BLOCK_E", 32))
+    return [size + more for size, more in zip(tile, problem.sizes, strict=True)]
 
 
 def _within(variant: Variant, key: str, size: int) -> int:

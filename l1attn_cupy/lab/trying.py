@@ -209,9 +209,9 @@ def _stamp(path: Path) -> tuple:
 
 
 def _when_saved(path: Path, before: tuple) -> float:
-    """When the file was saved; or just now, if it is another one that has changed."""
-    now = _stamp(path)
-    return now[0] * 1e-9 if now[:3] != before[:3] and now[0] else time.time() - _POLL
+    """When the file was saved; or just now, if another one has changed, or this one is being written."""
+    modified = _stamp(path)[0]
+    return modified * 1e-9 if modified > before[0] else time.time() - _POLL
 
 
 def _others() -> int:

@@ -37,7 +37,8 @@ def l1_scores(
     backend : str, optional
         "cpu", "cuda" or "emulator"; by default what the arrays' device calls for.
     variant : str, optional
-        Name of a kernel variant; on the CPU there is one only, None.
+        Name of a kernel variant; on the CPU there is one only, None. The gradient takes the variant of this name, or
+        the default if it has none.
 
     Returns
     -------

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..functions import SCORES
 from ..plan import ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
-from . import registry
+from . import devices, registry, tuning
 from .registry import Variant
 
 MAX_BATCH_DIMS = 6
@@ -157,8 +157,10 @@ def _fill_gradient(
 
 
 def _pick(op: str, plan: Plan) -> Variant:
+    """The variant for a call, with the parameters that were tuned for its device."""
     sizes = {"q": plan.length_q, "k": plan.length_k, "e": plan.channels}
-    return registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
+    variant = registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
+    return tuning.tuned(variant, plan.query.dtype, sizes, devices.names(plan.options.backend, plan.query.device))
 
 
 def _fill_batch(args: np.ndarray, batch: Shape, specs: Mapping[str, ArraySpec], order: Iterable[int]) -> None:

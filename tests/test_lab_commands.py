@@ -329,6 +329,20 @@ def test_tune_spills_and_what_does_not_fit():
     assert re.fullmatch(r"spills \d+ bytes", spilling.why_not)
 
 
+@needs_tools
+def test_tune_takes_the_dtypes_with_lists(capsys, folder):
+    """Unless one is asked for that has none."""
+    line = "op=scores_forward BLOCK_Q=1 THREADS=256 rank=0"
+    file = damaged(folder, NAME, ("BLOCK_K=32", "BLOCK_K=32,64"))
+    file.write_text(f"// @variant {line} dtypes=f64 BLOCK_K=32\n{file.read_text()}")
+    status, text = lab(capsys, "tune", "scores_forward", "--variant", "mine", "--shapes", SHAPE)
+    assert status == 0, text
+    assert [entry.dtype for entry in tuning.read(folder / "tuning" / "sm-90.json")] == ["float32"]
+    status, text = lab(capsys, "tune", "scores_forward", "--variant", "mine", "--shapes", SHAPE, "--dtype", "f64")
+    assert status == 2
+    assert f"{file}:1: there is nothing to tune" in text
+
+
 @pytest.mark.parametrize(
     "shapes, message",
     [

@@ -56,7 +56,7 @@ def test_try_stops_a_kernel_that_never_ends(capsys, folder):
     )
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
-        patch.setattr("l1attn_cupy.lab.trying.COMPILING", 20.0)
+        patch.setattr("l1attn_cupy.lab.child.COMPILING", 20.0)
         status, text = lab(capsys, "try", damaged(folder, NAME, endless), "--limit", "1")
     assert status == 1
     assert "no answer for 21 s: stopped" in text

@@ -61,9 +61,8 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     def architecture(added: argparse.ArgumentParser) -> None:
-        added.add_argument(
-            "--arch", default="90", metavar="90", help="compute capability whose machine code to look at"
-        )
+        text = "compute capability whose machine code to look at (default: the GPU's, or 90)"
+        added.add_argument("--arch", metavar="90", help=text)
 
     listed = command("list", _list, "every op and variant, and which one a call would use")
     listed.add_argument("op", nargs="?", help="this op alone")
@@ -134,9 +133,11 @@ def _dtype(name: str | None) -> str | None:
     return known[name] if name else None
 
 
-def _arch(name: str) -> str:
+def _arch(name: str | None) -> str | None:
     from ..cuda.occupancy import MULTIPROCESSORS
 
+    if name is None:
+        return None
     bare = name.removeprefix("sm_").replace(".", "")
     if bare not in MULTIPROCESSORS:
         raise ValueError(f"--arch must be one of {', '.join(MULTIPROCESSORS)}, got {name}")
@@ -148,11 +149,12 @@ def _arch(name: str) -> str:
 
 def _list(options: argparse.Namespace) -> None:
     from ..cuda import registry
-    from . import listing, screen, shapes
+    from . import checking, listing, screen, shapes
 
     shape = shapes.parse(options.shape) if options.shape else None
     ops = [_op(options.op)] if options.op else list(registry.OPS)
-    listing.show(screen.console(), ops, _dtype(options.dtype), shape, _arch(options.arch))
+    arch = _arch(options.arch) or checking.choose_backend(None).arch
+    listing.show(screen.console(), ops, _dtype(options.dtype), shape, arch)
 
 
 def _new(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..cuda import devices, registry
+from ..cuda.occupancy import MULTIPROCESSORS
 from ..cuda.registry import KernelError, Variant
 from ..emulator.errors import EmulatorCompileError, EmulatorError
 from . import costs, problems, timing
@@ -21,10 +22,11 @@ from .shapes import Shape
 
 
 class Using(NamedTuple):
-    """What runs the kernels: "cuda" and the card's name, or "emulator" and why."""
+    """What runs the kernels, "cuda" or "emulator"; the card's name, or why not; whose machine code to look at."""
 
     backend: str
     note: str
+    arch: str
 
 
 class Read(NamedTuple):
@@ -86,7 +88,7 @@ _COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _ENTRY = re.compile(r"__global__[^;{}()]*(?:__launch_bounds__\s*\([^)]*\))?[^;{}()]*?\b(\w+)\s*\(\s*(?:const\s+)?(\w+)")
 
 
-def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> Iterator[Event]:
+def attempt(path: Path, backend: str | None, arch: str | None, limit: float, shape: Shape) -> Iterator[Event]:
     """Everything that there is to say about the kernels of ``path``.
 
     Parameters
@@ -95,8 +97,8 @@ def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Sha
         A ``.cu`` file, in any folder.
     backend : str or None
         "cuda", "emulator", or None for a GPU if there is one.
-    arch : str
-        Architecture whose machine code is examined.
+    arch : str or None
+        Architecture whose machine code is examined; None for the GPU's own.
     limit : float
         Seconds that one emulated launch may take.
     shape : Shape
@@ -128,7 +130,7 @@ def attempt(path: Path, backend: str | None, arch: str, limit: float, shape: Sha
         right = right and isinstance(event, Right)
         yield event
     if right:
-        yield from _costs_of_all(variants, origin, arch)
+        yield from _costs_of_all(variants, origin, arch or using.arch)
         yield from timing.compare(variants, origin, using.backend, shape)
     yield Done(right)
 
@@ -146,8 +148,10 @@ def choose_backend(asked: str | None) -> Using:
     if asked == "cuda" and missing:
         raise KernelError(f"--backend cuda cannot be used here: {missing}")
     if asked == "emulator" or missing:
-        return Using("emulator", "as asked" if asked else re.split(r"[:(]", missing)[0].strip())
-    return Using("cuda", devices.names("cuda", "cuda:0")[0])
+        return Using("emulator", "as asked" if asked else re.split(r"[:(]", missing)[0].strip(), costs.ARCH)
+    name, arch = devices.names("cuda", "cuda:0")
+    own = arch.removeprefix("sm_")
+    return Using("cuda", name, own if own in MULTIPROCESSORS else costs.ARCH)
 
 
 def check_entry(variant: Variant) -> None:

@@ -12,11 +12,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ..cuda.registry import KernelError
+
+#: Beside the time limit of a kernel, seconds for compilers.
+COMPILING = 60.0
 
 
 class Died(NamedTuple):
@@ -39,7 +42,7 @@ def warm_up() -> None:
         forkserver.ensure_running()
 
 
-def stream(work: Callable[..., Iterator[Any]], *arguments: Any, limit: float) -> Iterator[Any]:
+def stream(work: Callable[..., Iterator[Any]], *arguments: Any, limit: float) -> Generator[Any, None, None]:
     """What ``work(*arguments)`` yields in a child process; `Died` at last if it crashed, or was silent for ``limit`` s.
 
     ``work`` is a function of a module, its arguments and what it yields can be pickled.
@@ -69,6 +72,12 @@ def stream(work: Callable[..., Iterator[Any]], *arguments: Any, limit: float) ->
     finally:
         _stop(process)
         ours.close()
+
+
+def first(work: Callable[..., Iterator[Any]], *arguments: Any, limit: float) -> Any:
+    """The one thing that ``work(*arguments)`` yields in a child process, or `Died`."""
+    with contextlib.closing(stream(work, *arguments, limit=limit)) as events:
+        return next(events)
 
 
 def _child(pipe: Connection, environment: dict[str, str], work: Callable[..., Iterator[Any]], arguments: tuple) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 
 from ..cuda import devices, machine_code, registry, tuning
 from ..cuda.registry import KernelError, Variant
@@ -30,7 +31,7 @@ def show(out: Console, ops: Sequence[str], dtype: str | None, shape: Shape | Non
         out.print(below)
         if shape:
             for kind in [dtype] if dtype else registry.DTYPES.values():
-                out.print(screen.lines(why(op, kind, shape), "", "  "))
+                out.print(Text(f"  {why(op, kind, shape)}"))
         out.print()
     if missing:
         out.print(screen.bullet("note", "dim", f"no registers, shared memory and occupancy: {missing}"))

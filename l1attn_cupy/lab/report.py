@@ -75,7 +75,7 @@ class Page(NamedTuple):
     peers: list[tuple[str, float]]
 
 
-def write(op: str, dtype: str, shape: Shape, arch: str, bench: Path | None, output: Path) -> None:
+def write(op: str, dtype: str, shape: Shape, arch: str | None, bench: Path | None, output: Path) -> None:
     """Make the page as a self-contained HTML or PNG file.
 
     Raises
@@ -104,10 +104,11 @@ def terms_per_byte(op: str, dtype: str, shape: Shape) -> float:
 # ---- figures ------------------------------------------------------------------------------------------------------
 
 
-def gather(op: str, dtype: str, shape: Shape, arch: str, bench: dict[str, Any]) -> Page:
+def gather(op: str, dtype: str, shape: Shape, arch: str | None, bench: dict[str, Any]) -> Page:
     """Measure or look up all that the page shows."""
     found = [v for v in registry.variants(op) if v.fits(dtype, shape.sizes)]
     measured = _measure(found, dtype, shape)
+    arch = arch or (measured.arch if measured else costs.ARCH)
     roofs = measured.roofs if measured else _roofs(op, dtype, arch, bench)
     intensity, points = terms_per_byte(op, dtype, shape), []
     for at, variant in enumerate(found):
@@ -123,30 +124,30 @@ def gather(op: str, dtype: str, shape: Shape, arch: str, bench: dict[str, Any]) 
 
 
 class Measured(NamedTuple):
-    """What a GPU says: its roofs, and the rate of each variant."""
+    """What a GPU says: its roofs, its architecture, and the rate of each variant."""
 
     roofs: Roofs
+    arch: str
     rates: list[float]
 
 
 def measure(found: list[Variant], dtype: str, shape: Shape) -> Iterator[Measured | None]:
     """Runs in a child; None without a GPU."""
-    if checking.choose_backend(None).backend != "cuda":
+    used = checking.choose_backend(None)
+    if used.backend != "cuda":
         yield None
         return
-    import torch
-
     from . import gpu
 
     timed = timing.rank({str(at): variant for at, variant in enumerate(found)}, dtype, shape)
     op = problems.OPS[found[0].op]
     limit = 1e9 / gpu.CudaLimit(op.limit, dtype).seconds_per_1e9_terms()
-    roofs = Roofs(limit, gpu.CudaClock().copy_bandwidth(), f"measured on {torch.cuda.get_device_name(0)}")
-    yield Measured(roofs, [one.rate for one in timed])
+    roofs = Roofs(limit, gpu.CudaClock().copy_bandwidth(), f"measured on {used.note}")
+    yield Measured(roofs, used.arch, [one.rate for one in timed])
 
 
 def _measure(found: list[Variant], dtype: str, shape: Shape) -> Measured | None:
-    event = next(child.stream(measure, found, dtype, shape, limit=600.0))
+    event = child.first(measure, found, dtype, shape, limit=600.0)
     if isinstance(event, child.Died):
         raise KernelError(event.message)
     return event

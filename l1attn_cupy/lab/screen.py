@@ -36,9 +36,9 @@ def table(*columns: str, title: str = "") -> Table:
     return made
 
 
-def number(value: float | None, suffix: str = "") -> str:
+def number(value: float | None) -> str:
     """Three significant digits, or all in front of the point, or a dash."""
-    return "-" if value is None else f"{value:.0f}{suffix}" if abs(value) >= 100 else f"{value:.3g}{suffix}"
+    return "-" if value is None else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def parameters(variant: Variant, values: Mapping[str, int] | None = None) -> str:
@@ -46,11 +46,6 @@ def parameters(variant: Variant, values: Mapping[str, int] | None = None) -> str
     chosen = {**variant.parameters, **(values or {})}
     lists = {} if values is not None else variant.choices
     return " ".join(f"{key}={','.join(map(str, lists.get(key, (value,))))}" for key, value in chosen.items())
-
-
-def lines(text: str, style: str = "", indent: str = "") -> Text:
-    """Text as it is: brackets in it are no markup."""
-    return Text("\n".join(indent + line for line in text.splitlines()), style=style)
 
 
 COST_COLUMNS = (

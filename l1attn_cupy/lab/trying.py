@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -19,8 +20,6 @@ from .child import Died
 from .shapes import Shape
 from .timing import Timed
 
-#: Beside the time limit of a kernel, seconds for compilers.
-COMPILING = 60.0
 _POLL = 0.05
 
 
@@ -48,7 +47,7 @@ class Verdict:
             if (line := self.line(event)) is not None:
                 yield line
         yield from _tables(self.events)
-        if any(isinstance(event, Done) for event in self.events):
+        if any(isinstance(event, Done | Died) for event in self.events):
             yield self.summary()
 
     def line(self, event: object) -> RenderableType | None:
@@ -57,9 +56,9 @@ class Verdict:
             case Read(variants, origin):
                 like = f", like {origin.path.name}" if origin else ""
                 return Text(f'{self.path.name}: variant "{variants[0].name}" of {variants[0].op}{like}', style="bold")
-            case Using("emulator", note):
+            case Using("emulator", note, _):
                 return Text(f"by emulation on the CPU ({note}): every access to memory is checked, nothing is timed")
-            case Using(_, note):
+            case Using(_, note, _):
                 return Text(f"on the GPU, {note}")
             case Right(variant, dtype, count, closest):
                 text = f"{dtype}, line {variant.line}: {count} problems, errors at most {closest:.2f} of their bound"
@@ -132,12 +131,14 @@ def find(file: str) -> Path:
     raise KernelError(f"FILE must be a .cu file, here or in {places}, got {file}")
 
 
-def events(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> Iterator[object]:
+def events(
+    path: Path, backend: str | None, arch: str | None, limit: float, shape: Shape
+) -> Generator[object, None, None]:
     """Those of `checking.attempt`, from a child process."""
-    yield from child.stream(checking.attempt, path, backend, arch, limit, shape, limit=limit + COMPILING)
+    return child.stream(checking.attempt, path, backend, arch, limit, shape, limit=limit + child.COMPILING)
 
 
-def once(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> bool:
+def once(path: Path, backend: str | None, arch: str | None, limit: float, shape: Shape) -> bool:
     """Print everything as it comes; whether the file is right."""
     out = screen.console()
     verdict = Verdict(path, time.time())
@@ -151,7 +152,7 @@ def once(path: Path, backend: str | None, arch: str, limit: float, shape: Shape)
     return verdict.right
 
 
-def watch(path: Path, backend: str | None, arch: str, limit: float, shape: Shape) -> None:
+def watch(path: Path, backend: str | None, arch: str | None, limit: float, shape: Shape) -> None:
     """Again on each save, of the file or of anything else that it depends on, until Ctrl-C."""
     out = screen.console()
     verdict = Verdict(path, time.time())
@@ -159,7 +160,8 @@ def watch(path: Path, backend: str | None, arch: str, limit: float, shape: Shape
         with Live(console=out, auto_refresh=False, screen=out.is_terminal) as live:
             while True:
                 stamp = _stamp(path)
-                _look(live, out, verdict, events(path, backend, arch, limit, shape), stamp)
+                with contextlib.closing(events(path, backend, arch, limit, shape)) as coming:
+                    _look(live, out, verdict, coming, stamp)
                 while _stamp(path) == stamp:
                     time.sleep(_POLL)
                 verdict = Verdict(path, _when_saved(path, stamp))

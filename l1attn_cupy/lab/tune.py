@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..cuda import devices, machine_code, registry, tuning
+from ..cuda import machine_code, registry, tuning
 from ..cuda.machine_code import ToolMissing
 from ..cuda.registry import KernelError, Variant
 from . import checking, child, costs, new, problems, screen, timing
 from .checking import Right
 from .costs import Costs
 from .shapes import Shape
-
-_COMPILING = 60.0
 
 
 class Wanted(NamedTuple):
@@ -32,16 +30,17 @@ class Wanted(NamedTuple):
     shapes: Sequence[Shape]
     dtypes: Sequence[str]
     variant: str | None
-    arch: str
+    arch: str | None
     backend: str | None
     limit: float
 
 
 class Place(NamedTuple):
-    """Where kernels run, or would: its name in tuning files."""
+    """Where kernels run, or would: its name in tuning files, and whose machine code to weigh."""
 
     backend: str
     device: str
+    arch: str
 
 
 class Candidate(NamedTuple):
@@ -50,8 +49,7 @@ class Candidate(NamedTuple):
     chosen: dict[str, int]
     costs: Costs | None
     why_not: str
-    cost: float = float("inf")
-    milliseconds: float | None = None
+    cost: float = float("inf")  # milliseconds, or what `weigh` makes of machine code
 
 
 def run(wanted: Wanted, output: Path | None) -> int:
@@ -59,7 +57,8 @@ def run(wanted: Wanted, output: Path | None) -> int:
     cases = list(_cases(wanted))
     place = _ask(wanted)
     file = output or new.own_folder() / tuning.FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', place.device.lower())}.json"
-    tuning.read(file) if file.is_file() else None  # a bad file is an error before the work, not after
+    if file.is_file():
+        tuning.read(file)  # a bad file is an error before the work, not after
     out = screen.console()
     by = "time" if place.backend == "cuda" else "machine code"
     how = (
@@ -89,44 +88,48 @@ def _reach(file: Path) -> str:
 
 
 def _cases(wanted: Wanted) -> Iterator[tuple[Variant, str, Shape]]:
-    """Each shape and dtype with the line of the variant that a call of it comes to."""
+    """Each shape and dtype with the line that a call of it comes to; of dtypes not asked for those with lists."""
     seen: dict[tuple[str, str], Shape] = {}
-    dtypes = wanted.dtypes or [
-        dtype
-        for dtype in registry.DTYPES.values()
-        if any(dtype in v.dtypes for v in registry.variants(wanted.op) if wanted.variant in (None, v.name))
-    ]
     for shape in wanted.shapes:
-        for dtype in dtypes:
-            variant = registry.choose(wanted.op, dtype, shape.sizes, wanted.variant)
+        lines = dict(_lines(wanted, shape))
+        tunable = {dtype: variant for dtype, variant in lines.items() if variant.choices}
+        for dtype, variant in (lines if wanted.dtypes or not tunable else tunable).items():
             problems.of(variant)  # whether the lab knows how to check it
             if not variant.choices:
-                raise KernelError(
-                    f"{variant.where}: there is nothing to tune, no parameter lists values (BLOCK_Q=64,128)"
-                )
-            same = seen.setdefault((dtype, tuning.shape_class(shape.sizes)), shape)
+                example = "no parameter lists values (BLOCK_Q=64,128)"
+                raise KernelError(f"{variant.where}: there is nothing to tune, {example}")
+            name = tuning.shape_class(shape.sizes)
+            same = seen.setdefault((dtype, name), shape)
             if same is not shape:
-                raise ValueError(f"--shapes must be of different classes; {same} and {shape} are both "
-                                 f"{tuning.shape_class(shape.sizes)}")  # fmt: skip
+                raise ValueError(f"--shapes must be of different classes; {same} and {shape} are both {name}")
             yield variant, dtype, shape
 
 
+def _lines(wanted: Wanted, shape: Shape) -> Iterator[tuple[str, Variant]]:
+    """The line for each dtype that is asked for, or that the variants take."""
+    known = [v for v in registry.variants(wanted.op) if wanted.variant in (None, v.name)]
+    taken = [d for d in registry.DTYPES.values() if any(d in v.dtypes for v in known) or not known]
+    for dtype in wanted.dtypes or taken:
+        yield dtype, registry.choose(wanted.op, dtype, shape.sizes, wanted.variant)
+
+
 def _ask(wanted: Wanted) -> Place:
-    """Where kernels run; asked in a child, as a process that has used a GPU cannot be left."""
-    event = next(child.stream(place_of, wanted.backend, wanted.arch, limit=wanted.limit + _COMPILING))
+    """Where kernels run; asked in a child, so that this process holds no GPU."""
+    event = child.first(place_of, wanted.backend, wanted.arch, limit=wanted.limit + child.COMPILING)
     if isinstance(event, Place):
         return event
     raise KernelError(event.message)
 
 
-def place_of(backend: str | None, arch: str) -> Iterator[Any]:
+def place_of(backend: str | None, arch: str | None) -> Iterator[Any]:
     """Runs in a child."""
-    if checking.choose_backend(backend).backend == "cuda":
-        yield Place("cuda", devices.names("cuda", "cuda:0")[0])
+    used = checking.choose_backend(backend)
+    if used.backend == "cuda":
+        yield Place("cuda", used.note, used.arch)
     elif missing := machine_code.missing():
         raise KernelError(f"without a GPU variants are ranked by machine code, which cannot be had here: {missing}")
     else:
-        yield Place("emulator", f"sm_{arch}")
+        yield Place("emulator", f"sm_{arch or used.arch}", arch or used.arch)
 
 
 # ---- one shape ----------------------------------------------------------------------------------------------------
@@ -139,8 +142,8 @@ def _tune_one(wanted: Wanted, place: Place, variant: Variant, dtype: str, shape:
                    console=screen.console(stderr=True), transient=True)  # fmt: skip
     with bar:
         for chosen in bar.track(variant.combinations(), description=f"{shape} {dtype}"):
-            arguments = (variant, chosen, dtype, shape, place.backend, wanted.arch, wanted.limit)
-            event = next(child.stream(examine, *arguments, limit=wanted.limit + _COMPILING))
+            arguments = (variant, chosen, dtype, shape, place)
+            event = child.first(examine, *arguments, limit=wanted.limit + child.COMPILING)
             found.append(event if isinstance(event, Candidate) else Candidate(chosen, None, event.message))
     usable = [candidate for candidate in found if not candidate.why_not]
     rest = [candidate for candidate in found if candidate.why_not]
@@ -150,13 +153,11 @@ def _tune_one(wanted: Wanted, place: Place, variant: Variant, dtype: str, shape:
     return _first_right(wanted, variant, usable, dtype, rest)
 
 
-def examine(
-    variant: Variant, chosen: dict[str, int], dtype: str, shape: Shape, backend: str, arch: str, limit: float
-) -> Iterator[Any]:
+def examine(variant: Variant, chosen: dict[str, int], dtype: str, shape: Shape, place: Place) -> Iterator[Candidate]:
     """One combination, in a child: compiled and weighed, and checked on a GPU."""
-    candidate = weigh(variant, chosen, dtype, shape, arch)
-    if not candidate.why_not and backend == "cuda":
-        candidate = candidate._replace(why_not=_what_is_wrong(variant.with_parameters(chosen), dtype, backend))
+    candidate = weigh(variant, chosen, dtype, shape, place.arch)
+    if not candidate.why_not and place.backend == "cuda":
+        candidate = candidate._replace(why_not=_what_is_wrong(variant.with_parameters(chosen), dtype, "cuda"))
     yield candidate
 
 
@@ -218,7 +219,7 @@ def _first_right(
             unknown = "cannot be ranked without a GPU: no term is recognised in its machine code"
             return [*(c._replace(why_not=unknown) for c in ranked[at:]), *wrong, *rest]
         arguments = (variant.with_parameters(candidate.chosen), dtype, "emulator", wanted.limit)
-        event = next(child.stream(check_one, *arguments, limit=20 * wanted.limit + _COMPILING))
+        event = child.first(check_one, *arguments, limit=len(problems.PROBLEMS) * wanted.limit + child.COMPILING)
         why_not = event.message if isinstance(event, child.Died) else event
         if not why_not:
             return [*ranked[at:], *wrong, *rest]
@@ -231,11 +232,11 @@ def _timed(wanted: Wanted, variant: Variant, usable: list[Candidate], dtype: str
     if not usable:
         return []
     entrants = {str(at): variant.with_parameters(candidate.chosen) for at, candidate in enumerate(usable)}
-    limit = _COMPILING + len(usable) * wanted.limit
-    event = next(child.stream(times, entrants, dtype, shape, limit=limit))
+    limit = child.COMPILING + len(usable) * wanted.limit
+    event = child.first(times, entrants, dtype, shape, limit=limit)
     if isinstance(event, child.Died):
         raise KernelError(f"{variant.where}: {event.message}")
-    with_times = [c._replace(milliseconds=ms, cost=ms) for c, ms in zip(usable, event, strict=True)]
+    with_times = [c._replace(cost=milliseconds) for c, milliseconds in zip(usable, event, strict=True)]
     return sorted(with_times, key=lambda candidate: candidate.cost)
 
 

@@ -5,6 +5,7 @@ NumPy and CuPy arrays and torch tensors lend their address; arrays of any other 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -112,7 +113,10 @@ def address(array: Any) -> int:
 
 def empty(shape: Shape, like: Any) -> Any:
     """A new array of the library, dtype and device of ``like``."""
-    return like.new_empty(shape) if is_torch(like) else _namespace(like).empty(shape, like.dtype)
+    if is_torch(like):
+        return like.new_empty(shape)
+    with _device_of(like):
+        return _namespace(like).empty(shape, like.dtype)
 
 
 def zeros(shape: Shape, like: Any) -> Any:
@@ -128,7 +132,8 @@ def zeros_to_add_to(like: Any) -> Any:
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.zeros(like.shape, dtype=getattr(torch, dtype), device=like.device)
-    return _namespace(like).zeros(like.shape, dtype)
+    with _device_of(like):
+        return _namespace(like).zeros(like.shape, dtype)
 
 
 def assign(target: Any, source: Any) -> None:
@@ -142,6 +147,11 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
     if spec.strides[-1] == 1 or spec.shape[-1] <= 1:
         return array
     return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)
+
+
+def _device_of(array: Any) -> contextlib.AbstractContextManager:
+    """Makes the device of a CuPy array the current one, where CuPy allocates."""
+    return array.device if is_cupy(array) else contextlib.nullcontext()
 
 
 def _namespace(array: Any) -> Any:

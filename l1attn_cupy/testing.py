@@ -24,15 +24,16 @@ In float64 the naive formula is itself the yardstick, so the bound is the worst 
     score     e = 2 * u * ((E + 3) * a + 3)                  a = max(1, x) for "laplacian", otherwise 1
     gradient      2 * e + 2 * u * (n + 3)                    n terms in each sum of the gradient
 
-A kernel that adds up to n channels in float16 (``f16_sums=n`` in its header) is judged by the worst case of that, with
+A kernel that rounds differences to float16 (``f16_differences=1`` in its header) computes distances as
+``2 * sum max(q - k, 0) - sum q + sum k``. Its error is relative to the worst case of that, and the bound is 1: with
 u16 = 2**-11::
 
-    distance  e = (1 + u16)**(n / 2) * (1 + u32)**(2 * chunks + 8) - 1
-    score     (1 + e / (1 - e)) * (1 + u16) - 1              for "laplacian" exp(e * x) - 1 instead of e / (1 - e)
+    distance  off = 2 * u16 * x + (E + 8) * 2**-23 * (sum |q| + sum |k| + 2 * x)
+    score     F(x -+ off), then (u16 + 8 * u32) of that, and 2**-25
 
-A difference is rounded once, and passes through as many additions, less one, as there are pairs in a chunk of n
-channels (the first is to 0, and exact). No term is negative, so the sum is off by no more than the worst term. Chunks
-are added up in float32, where each takes two roundings; eight more are scale, eps and F, which may be 2 ulp off.
+Each positive difference is rounded once, and twice their sum is at most 2 * x. In float32 each sum takes at most
+E + 8 additions, by tensor cores that cut numbers off after 24 bits. F, which may be 2 ulp off, has 8 roundings; at last
+the result is rounded to float16, whose steps below its normal numbers are 2**-24.
 
 A sum of E differences takes E subtractions, E - 1 additions and a scaling; each term passes through at most
 E + 1 of them. `exp` turns a relative error of e in x into one of x * e. F' depends on the score at most
@@ -147,10 +148,11 @@ class Expected:
             raise ValueError("gradients can be told only where grad is given")
         return self._grad
 
-    def scores(self, result: Any, f16_sums: int = 0) -> Agreement:
-        """How far ``result`` is from the scores; ``f16_sums`` channels at a time were summed in float16."""
+    def scores(self, result: Any, f16_differences: bool = False) -> Agreement:
+        """How far ``result`` is from the scores, of which it is told whether differences were rounded to float16."""
         exact, size, bound = self._scores
-        bound = self._bound_of_f16_sums(f16_sums) if f16_sums else bound
+        if f16_differences:
+            size, bound = self._worst_of_f16_differences(exact), 1.0
         error = _error("scores", result, exact, size, self.dtype)
         return Agreement(error, bound, first_mismatch("scores", result, exact, size, bound))
 
@@ -243,16 +245,17 @@ class Expected:
             amplified = max(1.0, x.nan_to_num(0, 0).max().item() if x.numel() else 0.0)
         return torch.finfo(torch.float64).eps * ((self.query.shape[-1] + 3) * amplified + 3)
 
-    def _bound_of_f16_sums(self, channels: int) -> float:
-        u16, u32 = 2.0**-11, 2.0**-24
-        chunks = math.ceil(self.query.shape[-1] / channels)
-        error = (1 + u16) ** (channels // 2) * (1 + u32) ** (2 * chunks + 8) - 1
-        if self.options.get("score") == "laplacian":
-            x = reference.l1_scores(self.query, self.key, **{**self.options, "score": "distance"})
-            error = math.expm1(error * x.nan_to_num(0, 0).max().item()) if x.numel() else error
-        else:
-            error = error / (1 - error)
-        return (1 + error) * (1 + u16) - 1
+    def _worst_of_f16_differences(self, exact: torch.Tensor) -> torch.Tensor:
+        """The most that each score may be off (see the top of this file)."""
+        query, key = self.query.double(), self.key.double()
+        x = reference.l1_scores(query, key, score="distance")
+        summed = query.abs().sum(-1).unsqueeze(-1) + key.abs().sum(-1).unsqueeze(-2) + 2 * x
+        off = 2 * 2.0**-11 * x + (query.shape[-1] + 8) * 2.0**-23 * summed
+        function = reference.FUNCTIONS[self.options.get("score", "inverse")]
+        scale, eps = self.options.get("scale", 1.0), self.options.get("eps", 1e-3)
+        ends = [function(scale * distance, eps) for distance in ((x - off).clamp(min=0), x + off)]
+        rounding = 2.0**-11 + 8 * 2.0**-24
+        return torch.maximum(*((end - exact).abs() + rounding * end.abs() + 2.0**-25 for end in ends))
 
     def _gradient_bound64(self, like: torch.Tensor) -> float:
         terms = self.grad.numel() / max(1, math.prod(like.shape[:-1]))

@@ -106,7 +106,7 @@ def problem(
 def assert_scores(machine: Machine, kernel: Kernel, expected: testing.Expected) -> torch.Tensor:
     """Run the kernel on the inputs of ``expected``; returns the scores, which are within their bound."""
     result = machine.scores(kernel, expected.query, expected.key, **expected.options)
-    agreement = expected.scores(result, kernel.variant.f16_sums)
+    agreement = expected.scores(result, kernel.variant.f16_differences)
     assert agreement.ok, agreement
     return result
 

@@ -10,6 +10,7 @@ A *term* is one ``|q - k|`` added to one sum, or one ``sign(q - k)`` used for on
 leaves a mark on each, whatever it unrolls:
 
 - a sum adds an absolute value, which is an operand modifier: ``FADD R1, R1, |R2|``. Packed, it is two terms.
+- or it adds a positive part, always packed: ``HFMA2.RELU R1, R2, -1, R3``.
 - a sign comes from a multiplication that saturates, `half_step` in ``common.cuh``: ``FFMA.SAT``.
 
 `terms_per_step` says from a variant's header alone how many terms a thread must do for each channel (forward) or row of
@@ -213,7 +214,9 @@ class _Nvrtc(Protocol):
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-_FLOATING = re.compile(r"F(ADD|MUL|FMA|SETP|SET|SEL|MNMX|CHK)|H(ADD|MUL|FMA|SETP|SET|MNMX)2|D(ADD|MUL|FMA|SETP)|MUFU")
+_FLOATING = re.compile(
+    r"F(ADD|MUL|FMA|SETP|SET|SEL|MNMX|CHK)|H(ADD|MUL|FMA|SETP|SET|MNMX)2|D(ADD|MUL|FMA|SETP)|MUFU|HMMA"
+)
 _ABSOLUTE = re.compile(r"\|[^|]+\|")
 _SUMS = ("FADD", "DADD", "HADD2", "HFMA2")  # what may add an absolute value; comparisons take one, too
 
@@ -268,8 +271,10 @@ class Instruction(NamedTuple):
     @property
     def terms(self) -> int:
         """How many terms it completes (see the top of this file)."""
-        if self.base in _SUMS and _ABSOLUTE.search(self.operands):
-            return 2 if self.base.endswith("2") else 1
+        if self.base in _SUMS and (absolute := _ABSOLUTE.findall(self.operands)):
+            return len(absolute) * (2 if self.base.endswith("2") else 1)
+        if self.base == "HFMA2" and ".RELU" in self.opcode:
+            return 2
         return int(self.floating_point and ".SAT" in self.opcode)
 
     @property
@@ -422,24 +427,26 @@ def profile(variant: Variant, dtype: str, arch: str = "90") -> Profile:
 def terms_per_step(variant: Variant) -> Fraction:
     """Terms of one thread for each channel of q and k (forward), or each row of the other array (backward).
 
-    From the header: the outputs of a block over its threads. In ``scores_backward`` with ATOMIC=1 a term is for both
-    gradients.
+    From the header: the outputs of a block over its threads, or of a tile, if a block does one after the other. In
+    ``scores_backward`` with ATOMIC=1 a term is for both gradients.
     """
-    sides = {"scores_forward": ("BLOCK_Q", "BLOCK_K"), "scores_backward": ("BLOCK_X", "BLOCK_E")}[variant.op]
+    columns = "TILE_K" if "TILE_K" in variant.parameters else "BLOCK_K"
+    sides = {"scores_forward": ("BLOCK_Q", columns), "scores_backward": ("BLOCK_X", "BLOCK_E")}[variant.op]
     if variant.atomic:
         sides = ("BLOCK_Q", "BLOCK_E")
     return Fraction(_product(variant, sides), variant.parameters["THREADS"])
 
 
 def budget(variant: Variant) -> float:
-    """The fewest floating-point instructions that a term takes; half of them where ``f16_sums`` packs two terms.
+    """The fewest floating-point instructions that a term takes.
 
     A sum takes a subtraction and an addition of the absolute value; a sign for one gradient a subtraction, a
-    multiplication that saturates, and one that adds; with ATOMIC=1 one more addition serves the second gradient.
+    multiplication that saturates, and one that adds; with ATOMIC=1 one more addition serves the second gradient. With
+    ``f16_differences`` one instruction makes the positive parts of two terms, and a tensor core adds up eight.
     """
     if variant.op not in BUDGETS:
         raise ValueError(f"op must be one of {', '.join(BUDGETS)}, got {variant.op!r}")
-    return (BUDGETS[variant.op] + variant.atomic) / (2 if variant.f16_sums else 1)
+    return 1 / 2 + 1 / 8 if variant.f16_differences else BUDGETS[variant.op] + variant.atomic
 
 
 #: For each op the budget of a term for one gradient, or of a score, in float32.

@@ -48,8 +48,8 @@ class Variant:
     rank: int = 0
     limits: Mapping[str, int] = field(default_factory=dict, hash=False)
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
-    #: How many channels are summed in float16 before the sum goes on in float32 (0: none); a looser bound holds then.
-    f16_sums: int = 0
+    #: Whether differences are rounded to float16; a looser bound holds then.
+    f16_differences: bool = False
 
     @property
     def where(self) -> str:
@@ -239,18 +239,20 @@ def _parse(path: Path, number: int, text: str) -> Variant:
     choices = {key: _numbers(where, key, value) for key, value in words.items() if key.isupper() and "," in value}
     numbers = {key: choices[key][0] if key in choices else _number(where, key, value) for key, value in words.items()}
     limits = {key: numbers.pop(key) for key in _LIMITS if key in numbers}
-    rank, f16_sums = numbers.pop("rank", 0), numbers.pop("f16_sums", 0)
+    rank, rounds = numbers.pop("rank", 0), numbers.pop("f16_differences", 0)
+    if rounds not in (0, 1):
+        raise KernelError(f"{where}: f16_differences must be 0 or 1, got {rounds}")
     unknown = [key for key in numbers if not re.fullmatch(r"[A-Z][A-Z0-9_]*", key)]
     if unknown:
         raise KernelError(
-            f"{where}: unknown key {unknown[0]}; known are op, dtypes, rank, {', '.join(_LIMITS)}, f16_sums and "
+            f"{where}: unknown key {unknown[0]}; known are op, dtypes, rank, {', '.join(_LIMITS)}, f16_differences and "
             "parameters in upper case"
         )
     if not any(required <= numbers.keys() for required in OPS[op]):
         raise KernelError(f"{where}: {op} needs {' or '.join(str(sorted(r)) for r in OPS[op])}, got {sorted(numbers)}")
     name = path.stem.removeprefix(f"{op}_")
     dtypes_of = tuple(DTYPES[kind] for kind in kinds)
-    return Variant(op, name, path, number, dtypes_of, numbers, rank, limits, choices, f16_sums)
+    return Variant(op, name, path, number, dtypes_of, numbers, rank, limits, choices, rounds == 1)
 
 
 def _split(where: str, word: str) -> tuple[str, str]:

@@ -135,7 +135,7 @@ def _scores_forward(variant: Variant, dtype: str, backend: str, problem: Problem
     options = _options(problem)
     arrays = (_place(tensor, backend, problem) for tensor in (query, key))
     result = l1.l1_scores(*arrays, backend=backend, variant=variant.name, **options)
-    return [Expected(query, key, **options).scores(result.cpu(), variant.f16_sums)]
+    return [Expected(query, key, **options).scores(result.cpu(), variant.f16_differences)]
 
 
 def _scores_backward(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,11 @@ def address(array: Any) -> int:
     return array.data_ptr() if is_torch(array) else array.data.ptr
 
 
-def empty(shape: Shape, like: Any) -> Any:
-    """A new array of the library, dtype and device of ``like``."""
-    return like.new_empty(shape) if is_torch(like) else _namespace(like).empty(shape, like.dtype)
+def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:
+    """A new array of the library and device of ``like``, and of its dtype or the one named."""
+    if is_torch(like):
+        return like.new_empty(shape, dtype=None if dtype is None else getattr(sys.modules["torch"], dtype))
+    return _namespace(like).empty(shape, dtype or like.dtype)
 
 
 def zeros(shape: Shape, like: Any) -> Any:
@@ -142,6 +145,15 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
     if spec.strides[-1] == 1 or spec.shape[-1] <= 1:
         return array
     return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)
+
+
+def integers(name: str, numbers: Any) -> list[int]:
+    """A tensor, array or sequence of integers, as Python's own."""
+    listed = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    whole = isinstance(listed, (list, tuple)) and all(isinstance(n, Integral) for n in listed)
+    if not whole:
+        raise TypeError(f"{name} must be one-dimensional and of integers, got {numbers!r}")
+    return [int(n) for n in listed]
 
 
 def _namespace(array: Any) -> Any:

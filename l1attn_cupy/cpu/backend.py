@@ -15,7 +15,7 @@ from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_di
 from . import pages, threads
 from .elements import DTYPE_CODES
 from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
-from .vector import panel_width, vector_step
+from .vector import panel_width
 
 #: Numbers in one block of rows in scratch memory: 256 KiB in float32, a part of any L2 cache.
 _BLOCK_NUMBERS = 1 << 16
@@ -26,9 +26,6 @@ _TILE_KEYS = 64
 #: Tasks for each thread, so that a slow core does not hold up the others.
 _TASKS_PER_THREAD = 4
 
-#: Results from this size on bypass the caches: they would be evicted before anyone reads them.
-_STREAM_BYTES = 1 << 22
-
 
 def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     """Write the scores of ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
@@ -36,8 +33,7 @@ def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     call = _forward_call(plan, workers)
     address = arrays.address(out)
     pages.advise(address, math.prod(plan.out_shape) * ITEMSIZE[plan.query.dtype])
-    stream = call.streams and address % call.alignment == 0
-    call.launch(arrays.address(query), arrays.address(key), address, more=(stream,))
+    call.launch(arrays.address(query), arrays.address(key), address)
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
@@ -59,15 +55,13 @@ class _Call(NamedTuple):
     workers: int
     matrices: tuple[Matrix, ...]
     arguments: tuple
-    streams: bool = False
-    alignment: int = 1
 
-    def launch(self, *addresses: int, more: tuple = ()) -> None:
+    def launch(self, *addresses: int) -> None:
         matrices = [
             Matrix(address, row, column, batch)
             for address, (_, row, column, batch) in zip(addresses, self.matrices, strict=True)
         ]
-        threads.launch(self.kernel, self.workers, *matrices, *self.arguments, *more)
+        threads.launch(self.kernel, self.workers, *matrices, *self.arguments)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,12 +70,7 @@ def _forward_call(plan: Plan, workers: int) -> _Call:
     batch, matrices = _lay_out([plan.query, plan.key, out], plan.batch, range(len(plan.batch)))
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
     arguments = _common(plan, batch, sizes, _forward_blocks(plan, sizes, workers))
-    itemsize = ITEMSIZE[plan.query.dtype]
-    step = vector_step(itemsize)
-    whole = all(stride % step == 0 for stride in out.strides[:-1])  # every row starts at a whole vector
-    streams = whole and math.prod(plan.out_shape) * itemsize >= _STREAM_BYTES
-    kernel = forward if workers > 1 else forward_serial
-    return _Call(kernel, workers, matrices, arguments, streams, step * itemsize)
+    return _Call(forward if workers > 1 else forward_serial, workers, matrices, arguments)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,6 @@ from .vector import (
     peek,
     poke,
     store_vector,
-    stream_vector,
     vector_step,
 )
 
@@ -96,27 +95,23 @@ def load_rows(source, dtype, row_stride, column_stride, rows, columns, target):
 
 
 @kernel()
-def _copy_rows(source, rows, columns, target, row_stride, column_stride, stream):
+def _copy_rows(source, rows, columns, target, row_stride, column_stride):
     step = STEP8 if source.itemsize == 8 else STEP4
     for r in range(rows):
         base, first = r * row_stride, 0
         if column_stride == 1:
             first = columns - columns % step
             for c in range(0, first, step):
-                if stream:
-                    stream_vector(source, r, c, target, base + c)
-                else:
-                    store_vector(source, r, c, target, base + c)
+                store_vector(source, r, c, target, base + c)
         for c in range(first, columns):
             poke(target, base + c * column_stride, source[r, c])
 
 
 @kernel()
-def store_rows(source, half, rows, columns, target, dtype, row_stride, column_stride, stream):
+def store_rows(source, half, rows, columns, target, dtype, row_stride, column_stride):
     """``target[r * row_stride + c * column_stride] = source[r, c]``, rounded to nearest, ties to even.
 
-    ``target`` is an address, ``half`` a uint16 array of the shape of ``source`` for 16-bit results, ``stream`` whether
-    to write past the caches (see `vector.stream_vector`).
+    ``target`` is an address, ``half`` a uint16 array of the shape of ``source`` for 16-bit results.
     """
     if dtype in (FLOAT16, BFLOAT16):
         values, bits = source.ravel(), half.ravel()
@@ -126,9 +121,9 @@ def store_rows(source, half, rows, columns, target, dtype, row_stride, column_st
         else:
             for i in range(values.size):
                 bits[i] = float_to_bfloat(np.float32(values[i]))
-        _copy_rows(half, rows, columns, target, row_stride, column_stride, stream)
+        _copy_rows(half, rows, columns, target, row_stride, column_stride)
     else:
-        _copy_rows(source, rows, columns, target, row_stride, column_stride, stream)
+        _copy_rows(source, rows, columns, target, row_stride, column_stride)
 
 
 def exp(x):

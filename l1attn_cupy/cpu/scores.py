@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from ..functions import INVERSE, LAPLACIAN
+from ..functions import INVERSE, LAPLACIAN, NEGATIVE
 from .elements import apply_derivative, apply_score, load_rows, store_rows
 from .jit import kernel
-from .vector import fence, invert, lanes, pack, panel_width, scatter_rows, sign_scatter, sum_abs_diff
+from .vector import invert, lanes, pack, panel_width, scatter_rows, sign_scatter, store_scores, sum_abs_diff
 
 #: Channels summed in one run of `sum_abs_diff`. A longer row is a sum of such partial sums, so that its rounding error
 #: does not grow with the number of channels.
@@ -72,26 +72,24 @@ def _load_panels(source, dtype, itemsize, matrix, rows, channels, scratch, panel
 
 
 @kernel()
-def _scores(q_panels, q_index, k_panels, k_count, channels, tile, score, scale, eps):
-    """Scores of the rows of one panel of queries and of ``k_count`` panels of keys."""
+def _scores(q_panels, q_index, k_panels, k_first, k_count, channels, tile, score, scale, eps):
+    """Scores of the rows of one panel of queries and of ``k_count`` panels of keys, from panel ``k_first`` on."""
     width = tile.shape[0]
     for p in range(k_count):
-        sum_abs_diff(q_panels, q_index, k_panels, p, 0, min(CHANNELS_PER_SUM, channels), tile, p * width)
-        for first in range(CHANNELS_PER_SUM, channels, CHANNELS_PER_SUM):
+        for first in range(0, max(channels, 1), CHANNELS_PER_SUM):
             count = min(CHANNELS_PER_SUM, channels - first)
-            sum_abs_diff(q_panels, q_index, k_panels, p, first, count, tile, p * width)
+            sum_abs_diff(q_panels, q_index, k_panels, k_first + p, first, count, tile, p * width)
         if score == INVERSE:
             invert(tile, p * width, scale, eps)
     if score != INVERSE:
         apply_score(tile, score, scale)
 
 
-def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars, stream):
+def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
     """Scores of every batch entry.
 
     ``sizes`` is (batches, L, S, E). ``blocks`` is (queries in a task, keys in a task, keys in a tile, runs); a run is
-    a set of tasks that share scratch memory. ``scalars`` is (scale, eps) in the accumulation type; ``stream`` says
-    whether to write past the caches.
+    a set of tasks that share scratch memory. ``scalars`` is (scale, eps) in the accumulation type.
     """
     batches, length_q, length_k, channels = sizes
     q_block, k_block, tile_keys, runs = blocks
@@ -99,6 +97,8 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars, s
     tasks = batches * q_blocks * k_blocks
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = _blocks(channels, width) * width
+    inverse, factor = score == INVERSE, -scalars[0] if score == NEGATIVE else scalars[0]
+    direct = score != LAPLACIAN and channels <= CHANNELS_PER_SUM and itemsize == scalars.itemsize
     for run in prange(runs):
         scratch = np.empty((width, padded), scalars.dtype)
         q_panels = np.empty((q_block // width, padded, width), scalars.dtype)
@@ -117,12 +117,17 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars, s
                 source = keys + j0 * k.row * itemsize
                 _load_panels(source, dtype, itemsize, k, columns, channels, scratch, k_panels)
                 for p in range(_blocks(rows, width)):
-                    k_count = _blocks(columns, width)
-                    _scores(q_panels, p, k_panels, k_count, channels, tile, score, scalars[0], scalars[1])
-                    place = target + (p * width * out.row + j0 * out.column) * itemsize
-                    count = min(width, rows - p * width)
-                    store_rows(tile, half, count, columns, place, dtype, out.row, out.column, stream)
-        fence()
+                    place, count = target + (p * width * out.row + j0) * itemsize, min(width, rows - p * width)
+                    done = 0  # columns that went straight to the result
+                    if direct and count == width:
+                        done = columns // width * width
+                        for c in range(done // width):
+                            to = place + c * width * itemsize
+                            store_scores(q_panels, p, k_panels, c, channels, to, out.row, inverse, factor, scalars[1])
+                    if done < columns:
+                        first, k_count = done // width, _blocks(columns - done, width)
+                        _scores(q_panels, p, k_panels, first, k_count, channels, tile, score, scalars[0], scalars[1])
+                        store_rows(tile, half, count, columns - done, place + done * itemsize, dtype, out.row, 1)
 
 
 @kernel()
@@ -130,7 +135,7 @@ def _score_tile(row_panels, column_panels, channels, strip, scores, score, scale
     """Scores of a block of x against a block of y, computed anew."""
     width = strip.shape[0]
     for p in range(scores.shape[0] // width):
-        _scores(row_panels, p, column_panels, scores.shape[1] // width, channels, strip, score, scale, eps)
+        _scores(row_panels, p, column_panels, 0, scores.shape[1] // width, channels, strip, score, scale, eps)
         scores[p * width : (p + 1) * width] = strip
 
 
@@ -228,7 +233,7 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
                 else:
                     _scatter_any(x_rows, y_rows, h, x_is_row, rows, columns, dx_rows)
             target = _address(dx, itemsize, entry, batch, i0, 0)
-            store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column, False)
+            store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column)
 
 
 forward = kernel(parallel=True)(_forward)

@@ -66,11 +66,16 @@ class _Emitter:
     """Vector types and small instruction sequences for arrays of one type and vectors of one width."""
 
     def __init__(self, context, builder, array_type: types.Array, width: int):
-        self.context, self.builder = context, builder
+        self.context, self.builder, self.array_type = context, builder, array_type
         self.itemsize = _itemsize(array_type)
         self.scalar = context.get_data_type(array_type.dtype)
         self.width = width
         self.vector = ir.VectorType(self.scalar, width)
+
+    def narrower(self, nbytes: int) -> _Emitter:
+        """The same for vectors of at most ``nbytes`` bytes."""
+        width = min(self.width, nbytes // self.itemsize)
+        return _Emitter(self.context, self.builder, self.array_type, width)
 
     def at(self, array_type, array, *index):
         """Pointer to ``array[index]``."""
@@ -83,13 +88,8 @@ class _Emitter:
     def load(self, pointer):
         return self.builder.load(self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.itemsize)
 
-    def store(self, value, pointer, past_caches: bool = False):
-        target = self.builder.bitcast(pointer, self.vector.as_pointer())
-        if past_caches:
-            store = self.builder.store(value, target, align=self.itemsize * self.width)
-            store.set_metadata("nontemporal", self.builder.module.add_metadata([_LANE(1)]))
-        else:
-            self.builder.store(value, target, align=self.itemsize)
+    def store(self, value, pointer):
+        self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.itemsize)
 
     def splat(self, pointer):
         """The number at ``pointer`` in every lane."""
@@ -109,8 +109,11 @@ class _Emitter:
         signature = ir.FunctionType(self.vector, [self.vector])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [value])
 
-    def accumulate(self, count, n, step):
-        """``for i in range(count): sums = step(i, sums)`` over ``n`` vectors of sums that stay in registers."""
+    def accumulate(self, count, n, step, unroll=1):
+        """``for i in range(count): sums = step(i, sums)`` over ``n`` vectors of sums that stay in registers.
+
+        ``count`` is rounded up to a multiple of ``unroll``.
+        """
         builder, entry = self.builder, self.builder.block
         body, done = builder.append_basic_block("l1.body"), builder.append_basic_block("l1.done")
         builder.cbranch(builder.icmp_signed(">", count, _INT(0)), body, done)
@@ -118,8 +121,10 @@ class _Emitter:
         builder.position_at_end(body)
         index = builder.phi(_INT)
         sums = [builder.phi(self.vector) for _ in range(n)]
-        updated = step(index, sums)
-        following = builder.add(index, _INT(1))
+        updated = sums
+        for i in range(unroll):
+            updated = step(builder.add(index, _INT(i)), updated)
+        following = builder.add(index, _INT(unroll))
         index.add_incoming(_INT(0), entry)
         index.add_incoming(following, body)
         builder.cbranch(builder.icmp_signed("<", following, count), body, done)
@@ -135,6 +140,25 @@ class _Emitter:
         return totals
 
 
+def _sum_panels(e, q_panels, k_panels, args):
+    """Vectors ``sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, :]|``, one for each row r of the panel.
+
+    Channels go four by four, also the last of them: panels are padded with zeros.
+    """
+    q, q_at, k, k_at, start, count = args
+
+    def step(i, sums):
+        channel = e.builder.add(start, i)
+        keys = e.load(e.at(k_panels, k, k_at, channel, 0))
+        queries = [e.splat(e.at(q_panels, q, q_at, channel, row)) for row in range(e.width)]
+        return [
+            e.builder.fadd(total, e.fabs(e.builder.fsub(query, keys)))
+            for total, query in zip(sums, queries, strict=True)
+        ]
+
+    return e.accumulate(count, e.width, step, unroll=4)
+
+
 @intrinsic
 def sum_abs_diff(typingctx, q_panels, q_index, k_panels, k_index, first, count, tile, column):
     """``tile[r, column + c] += sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|``, r and c < panel width.
@@ -143,51 +167,80 @@ def sum_abs_diff(typingctx, q_panels, q_index, k_panels, k_index, first, count, 
     """
 
     def codegen(context, builder, signature, args):
-        width = panel_width(_itemsize(q_panels))
-        e = _Emitter(context, builder, q_panels, width)
-        q, q_at, k, k_at, start, n, out, left = args
-
-        def step(i, sums):
-            channel = builder.add(start, i)
-            keys = e.load(e.at(k_panels, k, k_at, channel, 0))
-            queries = [e.splat(e.at(q_panels, q, q_at, channel, row)) for row in range(width)]
-            return [
-                builder.fadd(total, e.fabs(builder.fsub(query, keys)))
-                for total, query in zip(sums, queries, strict=True)
-            ]
-
-        for row, total in enumerate(e.accumulate(n, width, step)):
-            place = e.at(tile, out, row, left)
-            sums = builder.fadd(e.load(place), total)
-            e.store(builder.select(builder.icmp_signed("==", start, _INT(0)), total, sums), place)
+        e = _Emitter(context, builder, q_panels, panel_width(_itemsize(q_panels)))
+        *operands, out, left = args
+        totals = _sum_panels(e, q_panels, k_panels, operands)
+        places = [e.at(tile, out, row, left) for row in range(e.width)]
+        with builder.if_else(builder.icmp_signed("==", operands[-2], _INT(0))) as (is_first, is_more):
+            with is_first:
+                for place, total in zip(places, totals, strict=True):
+                    e.store(total, place)
+            with is_more:
+                for place, total in zip(places, totals, strict=True):
+                    e.store(builder.fadd(e.load(place), total), place)
         return context.get_dummy_value()
 
     integer = types.intp
     return types.void(q_panels, integer, k_panels, integer, integer, integer, tile, integer), codegen
 
 
+def _store_inverse(e, distance, scale, eps, place):
+    """``place[:width] = 1 / (eps + scale * distance)``, for a vector of distances and a pointer to numbers.
+
+    Divisions are in pieces of at most 32 bytes: two take less than half the time of one of an AVX-512 register.
+    """
+    piece = e.narrower(32)
+    one = ir.Constant(piece.vector, [1.0] * piece.width)
+    for start in range(0, e.width, piece.width):
+        lanes_of_piece = ir.Constant(ir.VectorType(_LANE, piece.width), list(range(start, start + piece.width)))
+        x = e.builder.fmul(piece.broadcast(scale), e.builder.shuffle_vector(distance, distance, lanes_of_piece))
+        inverse = e.builder.fdiv(one, e.builder.fadd(piece.broadcast(eps), x))
+        piece.store(inverse, e.builder.gep(place, [_INT(start)]))
+
+
 @intrinsic
 def invert(typingctx, tile, column, scale, eps):
-    """``tile[r, column + c] = 1 / (eps + scale * tile[r, column + c])``, r and c < panel width.
-
-    Divisions run beside the sums of the next panel, if there are not too many at a time, and in halves of an AVX-512
-    register, which take less than half the time of a whole one.
-    """
+    """``tile[r, column + c] = 1 / (eps + scale * tile[r, column + c])``, r and c < panel width."""
 
     def codegen(context, builder, signature, args):
-        width = panel_width(_itemsize(tile))
-        e = _Emitter(context, builder, tile, min(width, 32 // _itemsize(tile)))
-        out, left = args[:2]
-        factor, offset = e.broadcast(args[2]), e.broadcast(args[3])
-        one = ir.Constant(e.vector, [1.0] * e.width)
-        for row in range(width):
-            for start in range(0, width, e.width):
-                place = e.at(tile, out, row, builder.add(left, _INT(start)))
-                x = builder.fmul(factor, e.load(place))
-                e.store(builder.fdiv(one, builder.fadd(offset, x)), place)
+        e = _Emitter(context, builder, tile, panel_width(_itemsize(tile)))
+        out, left, scale, eps = args
+        for row in range(e.width):
+            place = e.at(tile, out, row, left)
+            _store_inverse(e, e.load(place), scale, eps, place)
         return context.get_dummy_value()
 
     return types.void(tile, types.intp, tile.dtype, tile.dtype), codegen
+
+
+@intrinsic
+def store_scores(typingctx, q_panels, q_index, k_panels, k_index, count, target, stride, inverse, scale, eps):
+    """Scores of a panel of queries and one of keys, of ``count`` channels, straight to where they belong::
+
+        x = sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|              r and c < panel width
+        target[r * stride + c] = 1 / (eps + scale * x) if inverse else scale * x
+
+    ``target`` is an address, ``stride`` counts numbers. Sums, F and stores overlap with the sums of the next panel.
+    """
+
+    def codegen(context, builder, signature, args):
+        e = _Emitter(context, builder, q_panels, panel_width(_itemsize(q_panels)))
+        *operands, count, address, stride, inverse, scale, eps = args
+        totals = _sum_panels(e, q_panels, k_panels, (*operands, _INT(0), count))
+        first = builder.inttoptr(address, e.scalar.as_pointer())
+        places = [builder.gep(first, [builder.mul(_INT(row), stride)]) for row in range(e.width)]
+        with builder.if_else(inverse) as (is_inverse, is_linear):
+            with is_inverse:
+                for place, total in zip(places, totals, strict=True):
+                    _store_inverse(e, total, scale, eps, place)
+            with is_linear:
+                for place, total in zip(places, totals, strict=True):
+                    e.store(builder.fmul(e.broadcast(scale), total), place)
+        return context.get_dummy_value()
+
+    integer, number = types.intp, q_panels.dtype
+    numbers = (types.boolean, number, number)
+    return types.void(q_panels, integer, k_panels, integer, integer, integer, integer, *numbers), codegen
 
 
 @intrinsic
@@ -262,39 +315,19 @@ def load_vector(typingctx, source, index, rows, row, column):
     return types.void(integer, integer, rows, integer, integer), codegen
 
 
-def _vector_writer(past_caches: bool):
-    def writer(typingctx, rows, row, column, target, index):
-        def codegen(context, builder, signature, args):
-            e = _Emitter(context, builder, rows, vector_step(_itemsize(rows)))
-            source, r, c, address, first = args
-            pointer = builder.gep(builder.inttoptr(address, e.scalar.as_pointer()), [first])
-            e.store(e.load(e.at(rows, source, r, c)), pointer, past_caches)
-            return context.get_dummy_value()
-
-        integer = types.intp
-        return types.void(rows, integer, integer, integer, integer), codegen
-
-    return intrinsic(writer)
-
-
-#: ``store_vector(rows, row, column, target, index)``: ``target[index:index + n] = rows[row, column:column + n]`` with
-#: n = `vector_step`; ``target`` is an address.
-store_vector = _vector_writer(past_caches=False)
-
-#: The same past the caches, which saves reading the memory that is overwritten; the vector in ``target`` is aligned.
-#: Call `fence` before another thread reads it.
-stream_vector = _vector_writer(past_caches=True)
-
-
 @intrinsic
-def fence(typingctx):
-    """Make what `stream_vector` wrote visible to other threads."""
+def store_vector(typingctx, rows, row, column, target, index):
+    """``target[index:index + n] = rows[row, column:column + n]``, n = `vector_step`; ``target`` is an address."""
 
     def codegen(context, builder, signature, args):
-        builder.fence("seq_cst")
+        e = _Emitter(context, builder, rows, vector_step(_itemsize(rows)))
+        source, r, c, address, first = args
+        pointer = builder.gep(builder.inttoptr(address, e.scalar.as_pointer()), [first])
+        e.store(e.load(e.at(rows, source, r, c)), pointer)
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    integer = types.intp
+    return types.void(rows, integer, integer, integer, integer), codegen
 
 
 @intrinsic

@@ -14,19 +14,14 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from ..functions import INVERSE
-from .elements import apply_score, load_rows, store_rows
+from .elements import load_rows, store_rows
 from .jit import kernel
 from .scores import _address, _blocks, _load_panels
-from .vector import invert, lanes, panel_width, peek, poke, scatter_rows, sum_abs_diff
-from .vector_attention import add_weighted_rows, add_weighted_rows_1, softmax_step
+from .vector import lanes, panel_width, peek, poke, scatter_rows
+from .vector_attention import add_weighted_rows, add_weighted_rows_1, score_panel, softmax_step
 
 #: Rows of y in a tile.
-Y_ROWS = 64
-
-#: Channels in one run of sums; a longer row is a sum of such sums. Few, as the softmax turns the absolute error of a
-#: score into a relative one.
-CHANNELS_PER_SUM = 32
+Y_ROWS = 32
 
 #: Kinds of mask.
 NO_MASK, BOOLEAN, ADDITIVE = range(3)
@@ -45,17 +40,8 @@ def task_of(turn, run, runs):
 @kernel()
 def score_tile(y_panels, y_count, x_panels, panel, channels, tile, score, scale, eps):
     """Scores of ``y_count`` panels of y (the rows of the tile) and one panel of x (its lanes)."""
-    width = tile.shape[1]
     for p in range(y_count):
-        part = tile[p * width : (p + 1) * width]
-        sum_abs_diff(y_panels, p, x_panels, panel, 0, min(CHANNELS_PER_SUM, channels), part, 0)
-        for first in range(CHANNELS_PER_SUM, channels, CHANNELS_PER_SUM):
-            count = min(CHANNELS_PER_SUM, channels - first)
-            sum_abs_diff(y_panels, p, x_panels, panel, first, count, part, 0)
-        if score == INVERSE:
-            invert(part, 0, scale, eps)
-    if score != INVERSE:
-        apply_score(tile, score, scale)
+        score_panel(y_panels, p, x_panels, panel, channels, tile, p * tile.shape[1], score, scale, eps)
 
 
 @kernel()
@@ -198,7 +184,7 @@ def _forward(q, k, v, mask, out, lse, dtypes, batch, sizes, work, blocks, band, 
             place = _address(lse, lse_itemsize, index, batch, i0, 0) + part * lse_part * lse_itemsize
             _finish(acc, largest, total, rows, place, lse.row)
             place = _address(out, out_itemsize, index, batch, i0, 0) + part * out_part * out_itemsize
-            store_rows(acc, half, rows, channels_v, place, out_dtype, out.row, out.column, False)
+            store_rows(acc, half, rows, channels_v, place, out_dtype, out.row, out.column)
 
 
 @kernel()
@@ -227,7 +213,7 @@ def merge(out, lse, dtypes, batch, parts, part_lse):
                 row[0, c] = row[0, c] / total if total != 0 else zero
             poke(_address(lse, lse_itemsize, index, batch, i, 0), 0, largest + np.log(total))
             place = _address(out, itemsize, index, batch, i, 0)
-            store_rows(row, half, 1, channels, place, dtype, out.row, out.column, False)
+            store_rows(row, half, 1, channels, place, dtype, out.row, out.column)
 
 
 forward = kernel(parallel=True)(_forward)

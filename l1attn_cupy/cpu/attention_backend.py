@@ -65,7 +65,9 @@ def attention_forward(
     part_specs = [contiguous(spec, (*plan.batch, *spec.shape[-2:])) for spec in specs]
     call = _forward_call(plan, *part_specs, workers, parts)
     call.launch(*given, arrays.address(part_out), arrays.address(part_lse))
-    _merge_call(plan, *specs).launch(arrays.address(out), arrays.address(lse), more=(part_out, part_lse))
+    merge = _merge_call(plan, *specs)
+    merge = merge._replace(arguments=(*merge.arguments, part_out, part_lse))
+    merge.launch(arrays.address(out), arrays.address(lse))
 
 
 def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

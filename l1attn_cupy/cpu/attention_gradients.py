@@ -18,7 +18,6 @@ from numba import prange
 
 from .attention import (
     BOOLEAN,
-    CHANNELS_PER_SUM,
     NO_MASK,
     Y_ROWS,
     add_mask,
@@ -33,7 +32,7 @@ from .elements import apply_derivative, load_rows, store_rows
 from .jit import kernel
 from .scores import _address, _blocks, _load_panels, _scatter_any
 from .vector import lanes, pack, panel_width, peek, poke, scatter_rows, sign_scatter
-from .vector_attention import softmax_backward_step, sum_products
+from .vector_attention import CHANNELS_PER_SUM, softmax_backward_step, sum_products
 
 _WIDTH4, _WIDTH8 = panel_width(4), panel_width(8)
 _ROWS4, _ROWS8 = scatter_rows(4), scatter_rows(8)
@@ -184,10 +183,10 @@ def _backward(x, xv, y, yv, lse, delta, mask, dx, dxv, dtypes, batch, sizes, wor
                             _scatter(x_rows, p * width, y_rows, h, count, columns, finite, dx_rows)
             if dx.data != 0:
                 target = _address(dx, itemsize, entry * summed, batch, i0, 0)
-                store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column, False)
+                store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column)
             if dxv.data != 0:
                 target = _address(dxv, itemsize, entry * summed, batch, i0, 0)
-                store_rows(dxv_rows, half_v, rows, channels_v, target, dtype, dxv.row, dxv.column, False)
+                store_rows(dxv_rows, half_v, rows, channels_v, target, dtype, dxv.row, dxv.column)
 
 
 def _mask_gradient(q, k, v, grad, lse, delta, mask, dmask, dtypes, batch, sizes, shared, runs, band, score, scalars):
@@ -256,7 +255,7 @@ def _mask_gradient(q, k, v, grad, lse, delta, mask, dmask, dtypes, batch, sizes,
                     total[0] += total[j]
                 rows = 1
             target = _address(dmask, itemsize, entry * summed, batch, i_first, j_first)
-            store_rows(total, half, rows, columns, target, dtype, dmask.column, dmask.row, False)
+            store_rows(total, half, rows, columns, target, dtype, dmask.column, dmask.row)
 
 
 delta = kernel(parallel=True)(_delta)

@@ -13,9 +13,22 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .vector import _INT, _Emitter, _itemsize, lanes, panel_width, scatter_rows
+from ..functions import DISTANCE, INVERSE, LAPLACIAN
+from .vector import (
+    _INT,
+    _Emitter,
+    _itemsize,
+    _store_inverse,
+    _sum_panels,
+    lanes,
+    panel_width,
+    scatter_rows,
+)
 
 _INTEGER = types.intp
+
+#: Channels in one run of sums. Few, as the softmax turns the absolute error of a score into a relative one.
+CHANNELS_PER_SUM = 32
 
 #: Weights that `softmax_step` adds together before it adds them to the others; divides the rows of a tile.
 _GROUP = 8
@@ -51,6 +64,17 @@ class _AttentionEmitter(_Emitter):
         signature = ir.FunctionType(self.vector, [self.vector] * 3)
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [a, b, c])
 
+    def larger(self, a, b):
+        """The maximum; of a number and NaN, either."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def tree(self, vectors, combine):
+        """All of them combined, in pairs."""
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=False)
+            vectors = [combine(a, b) for a, b in pairs] + vectors[len(vectors) // 2 * 2 :]
+        return vectors[0]
+
     def exp(self, x):
         """``e**x``, at most 1.1 ulp off where that is a normal number; 0 below, NaN for NaN.
 
@@ -79,10 +103,51 @@ class _AttentionEmitter(_Emitter):
 
 
 @intrinsic
+def score_panel(typingctx, y_panels, y_index, x_panels, x_index, channels, tile, row, score, scale, eps):
+    """Scores of a panel of y and one of x: ``tile[row + r, c] = F(sum_e |y[r, e] - x[c, e]|)``, r and c < panel width.
+
+    Sums are of `CHANNELS_PER_SUM` channels each, then of these; F is applied while they are in registers.
+    """
+
+    def codegen(context, builder, signature, args):
+        e = _AttentionEmitter(context, builder, tile, panel_width(_itemsize(tile)))
+        *operands, n, out, top, f, factor, epsilon = args
+        sums = [cgutils.alloca_once_value(builder, e.constant(0.0)) for _ in range(e.width)]
+        with cgutils.for_range_slice(builder, _INT(0), n, _INT(CHANNELS_PER_SUM)) as (first, _):
+            rest = builder.sub(n, first)
+            count = builder.select(builder.icmp_signed("<", rest, _INT(CHANNELS_PER_SUM)), rest, _INT(CHANNELS_PER_SUM))
+            for total, part in zip(sums, _sum_panels(e, y_panels, x_panels, (*operands, first, count)), strict=True):
+                builder.store(builder.fadd(builder.load(total), part), total)
+        places = [e.at(tile, out, builder.add(top, _INT(r)), 0) for r in range(e.width)]
+        distances = [builder.load(total) for total in sums]
+        with builder.if_else(builder.icmp_signed("==", f, _INT(INVERSE))) as (inverse, others):
+            with inverse:
+                for distance, place in zip(distances, places, strict=True):
+                    _store_inverse(e, distance, factor, epsilon, place)
+            with others:
+                negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
+                signed = e.broadcast(builder.select(negative, builder.fneg(factor), factor))
+                products = [builder.fmul(signed, distance) for distance in distances]
+                with builder.if_else(builder.icmp_signed("==", f, _INT(LAPLACIAN))) as (laplacian, linear):
+                    with laplacian:
+                        for product, place in zip(products, places, strict=True):
+                            e.store(e.exp(product), place)
+                    with linear:
+                        for product, place in zip(products, places, strict=True):
+                            e.store(product, place)
+        return context.get_dummy_value()
+
+    integer, number = _INTEGER, tile.dtype
+    signature = types.void(y_panels, integer, x_panels, integer, integer, tile, integer, integer, number, number)
+    return signature, codegen
+
+
+@intrinsic
 def sum_products(typingctx, a_panels, a_index, b_panels, b_index, first, count, tile, row):
     """``tile[row + r, c] += sum_e a_panels[a_index, e, r] * b_panels[b_index, e, c]``, r and c < panel width.
 
-    e runs from ``first``, upwards, over ``count`` channels. With ``first == 0`` the tile is set, not added to.
+    e runs from ``first``, upwards, over ``count`` channels, rounded up to a multiple of 4. With ``first == 0`` the tile
+    is set, not added to.
     """
 
     def codegen(context, builder, signature, args):
@@ -96,7 +161,7 @@ def sum_products(typingctx, a_panels, a_index, b_panels, b_index, first, count, 
             rows = [e.splat(e.at(a_panels, a, a_at, channel, r)) for r in range(width)]
             return [e.multiply_add(row, columns, total) for row, total in zip(rows, sums, strict=True)]
 
-        for r, total in enumerate(e.accumulate(n, width, step)):
+        for r, total in enumerate(e.accumulate(n, width, step, unroll=4)):
             place = e.at(tile, out, builder.add(top, _INT(r)), 0)
             sums = builder.fadd(e.load(place), total)
             e.store(builder.select(builder.icmp_signed("==", start, _INT(0)), total, sums), place)
@@ -123,7 +188,7 @@ def _weighted_rows(vectors: int) -> Any:
                     updated += [e.multiply_add(weight, value, total) for value, total in zip(values, old, strict=True)]
                 return updated
 
-            totals = e.accumulate(n, n_rows * vectors, step)
+            totals = e.accumulate(n, n_rows * vectors, step, unroll=2)
             for r in range(n_rows):
                 at = builder.add(first_row, _INT(r))
                 rescale = e.splat(e.at(factors, factor, builder.add(first_lane, _INT(r))))
@@ -142,7 +207,7 @@ def _weighted_rows(vectors: int) -> Any:
 #:
 #:     out[row + r, c] = factors[lane + r] * out[row + r, c] + sum_j weights[j, lane + r] * rows[j, c],   j < count
 #:
-#: r runs over `scatter_rows`, c over 2 `lanes` channels from ``channel`` on.
+#: r runs over `scatter_rows`, c over 2 `lanes` channels from ``channel`` on; ``count`` is rounded up to be even.
 add_weighted_rows = _weighted_rows(2)
 
 #: The same for `lanes` channels.
@@ -164,18 +229,18 @@ def softmax_step(typingctx, tile, count, largest, total, factors, first):
         e = _AttentionEmitter(context, builder, tile, width)
         scores, n, most, sums, factor, start = args
         before = e.load(e.at(largest, most, start))
+        groups = builder.and_(builder.add(n, _INT(_GROUP - 1)), _INT(-_GROUP))
+        with cgutils.for_range_slice(builder, n, groups, _INT(1)) as (j, _):
+            e.store(e.constant(-math.inf), e.at(tile, scores, j, 0))
         best = cgutils.alloca_once_value(builder, before)
-        with cgutils.for_range(builder, n) as loop:
-            score, old = e.load(e.at(tile, scores, loop.index, 0)), builder.load(best)
-            builder.store(builder.select(builder.fcmp_unordered(">", score, old), score, old), best)
+        with cgutils.for_range_slice(builder, _INT(0), groups, _INT(_GROUP)) as (j, _):
+            group = [e.load(e.at(tile, scores, builder.add(j, _INT(r)), 0)) for r in range(_GROUP)]
+            builder.store(e.tree([*group, builder.load(best)], e.larger), best)
         maximum = builder.load(best)
         none = builder.fcmp_ordered("==", maximum, e.constant(-math.inf))
         subtracted = builder.select(none, e.constant(0.0), maximum)
         rescale = e.exp(builder.fsub(before, subtracted))
         # Weights are added in groups: one by one, each would be rounded to the last digit of their sum.
-        groups = builder.and_(builder.add(n, _INT(_GROUP - 1)), _INT(-_GROUP))
-        with cgutils.for_range_slice(builder, n, groups, _INT(1)) as (j, _):
-            e.store(e.constant(-math.inf), e.at(tile, scores, j, 0))
         weights = cgutils.alloca_once_value(builder, e.constant(0.0))
         with cgutils.for_range_slice(builder, _INT(0), groups, _INT(_GROUP)) as (j, _):
             group = []
@@ -183,9 +248,7 @@ def softmax_step(typingctx, tile, count, largest, total, factors, first):
                 place = e.at(tile, scores, builder.add(j, _INT(r)), 0)
                 group.append(e.exp(builder.fsub(e.load(place), subtracted)))
                 e.store(group[-1], place)
-            while len(group) > 1:
-                group = [builder.fadd(a, b) for a, b in zip(group[::2], group[1::2], strict=True)]
-            builder.store(builder.fadd(builder.load(weights), group[0]), weights)
+            builder.store(builder.fadd(builder.load(weights), e.tree(group, builder.fadd)), weights)
         place = e.at(total, sums, start)
         e.store(e.multiply_add(rescale, e.load(place), builder.load(weights)), place)
         e.store(maximum, e.at(largest, most, start))
@@ -204,7 +267,8 @@ def softmax_backward_step(typingctx, masked, scores, products, count, lse, delta
         scores    scores without the mask              becomes  0 where p is 0
 
     lse and delta belong to the rows of y if ``by_row``, otherwise to those of x from ``first`` on. Where p is 0 the
-    gradient is 0 whatever the others are: a masked key may hold NaN.
+    gradient is 0 whatever the others are: a masked key may hold NaN. Further rows of weights, up to a multiple of
+    `_GROUP`, become 0.
     """
 
     def codegen(context, builder, signature, args):
@@ -231,6 +295,9 @@ def softmax_backward_step(typingctx, masked, scores, products, count, lse, delta
                 shift, offset = e.load(e.at(lse, lse_at, start)), e.load(e.at(delta, delta_at, start))
                 with cgutils.for_range(builder, n) as loop:
                     one_row(loop.index, shift, offset)
+        groups = builder.and_(builder.add(n, _INT(_GROUP - 1)), _INT(-_GROUP))
+        with cgutils.for_range_slice(builder, n, groups, _INT(1)) as (j, _):
+            e.store(zero, e.at(masked, w_at, j, 0))
         return context.get_dummy_value()
 
     signature = types.void(masked, scores, products, _INTEGER, lse, delta, _INTEGER, types.boolean)

@@ -61,6 +61,31 @@ struct ScoresBackward {
     double scale, eps;
 };
 
+struct Attention {  // what forward and backward share
+    Matrix q, k, v;                   // (B, L, E), (B, S, E), (B, S, V)
+    Matrix mask, lse;                 // (B, L, S); (B, L) in acc_t
+    int64 mask_column;                // stride along S; rows of a mask need not be contiguous
+    int batch_shape[MAX_BATCH_DIMS];  // in the backward pass, dimensions to sum over come last
+    int length_q, length_k, channels, channels_v;
+    int score;
+    int mask_kind;                    // NO_MASK, BOOLEAN (bytes, 1 is to attend) or ADDITIVE (scalar_t)
+    int left, right;                  // keys before and after its own place that a query attends to; -1: no limit
+    double scale, eps;
+};
+
+struct AttentionForward {
+    Attention a;
+    Matrix out;  // (B, L, V)
+};
+
+struct AttentionBackward {  // the gradient of q, or those of k and v: an address of 0 is one that is not wanted
+    Attention a;
+    Matrix out, grad, grad_lse;  // (B, L, V) twice; (B, L) in acc_t, its address may be 0
+    Matrix dx, dxv;              // of q; of k and v
+    int kept, summed;            // matrices of dx, and batch entries that are summed into each
+    int of_key, unused;
+};
+
 // Offset of the matrix of batch entry `index`, and its address.
 __device__ __forceinline__ int64 offset(const Matrix &m, const int *batch_shape, int index) {
     int64 sum = 0;
@@ -159,6 +184,63 @@ __device__ __forceinline__ acc_t derivative_of(acc_t s, int score) {
     if (score == NEGATIVE) return -1;
     if (score == LAPLACIAN) return -s;
     return 1;
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------
+
+#define NO_MASK 0
+#define BOOLEAN 1
+#define ADDITIVE 2
+
+__device__ __forceinline__ acc_t infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
+
+__device__ __forceinline__ acc_t warp_sum(acc_t x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+    return x;
+}
+__device__ __forceinline__ acc_t warp_max(acc_t x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, step));
+    return x;
+}
+
+// Distance of two rows, the same number in all lanes of a warp.
+__device__ __forceinline__ acc_t warp_distance(const scalar_t *q, const scalar_t *k, int channels, int lane) {
+    acc_t sum = 0;
+    for (int e = lane; e < channels; e += 32) sum += absolute(to_acc(q[e]) - to_acc(k[e]));
+    return warp_sum(sum);
+}
+__device__ __forceinline__ acc_t score_of(acc_t distance, const Attention &a) {
+    acc_t result[1] = {distance};
+    apply_score(result, a.score, (acc_t)a.scale, (acc_t)a.eps);
+    return result[0];
+}
+
+// Matrix of numbers of the accumulation type of batch entry `index`.
+__device__ __forceinline__ acc_t *accumulated(const Matrix &m, const int *batch_shape, int index) {
+    return (acc_t *)m.data + offset(m, batch_shape, index);
+}
+
+// The score of query i and key j with the mask added; -inf, whatever the score is, where the mask says so.
+__device__ __forceinline__ acc_t masked(const Attention &a, int b, int i, int j, acc_t score) {
+    if (a.mask_kind == NO_MASK) return score;
+    const int64 place = offset(a.mask, a.batch_shape, b) + i * a.mask.row_stride + j * a.mask_column;
+    if (a.mask_kind == BOOLEAN) return ((const unsigned char *)a.mask.data)[place] ? score : -infinity();
+    const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
+    return added == -infinity() ? added : score + added;
+}
+
+// The keys of query i, and the queries of key j, that window and causality leave: from the first up to the end.
+__device__ __forceinline__ int first_key(const Attention &a, int i) { return a.left < 0 ? 0 : max(0, i - a.left); }
+__device__ __forceinline__ int end_of_keys(const Attention &a, int i) {
+    return a.right < 0 || a.right >= a.length_k - i ? a.length_k : max(0, i + a.right + 1);
+}
+__device__ __forceinline__ int first_query(const Attention &a, int j) { return a.right < 0 ? 0 : max(0, j - a.right); }
+__device__ __forceinline__ int end_of_queries(const Attention &a, int j) {
+    return a.left < 0 || a.left >= a.length_q - j ? a.length_q : j + a.left + 1;
 }
 
 // ---- 128-bit loads --------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def variants(op: str | None = None) -> list[Any]:
     Parameters
     ----------
     op : str, optional
-        "scores_forward" or "scores_backward"; by default both.
+        "scores_forward", "scores_backward", "attention_forward" or "attention_backward"; by default all.
 
     Returns
     -------

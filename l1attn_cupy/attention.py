@@ -46,7 +46,7 @@ def l1_attention(
     is_causal : bool
         Query i attends to keys j <= i: aligned at the upper left, as in PyTorch, also where L differs from S.
     scale, score, eps, backend, variant
-        As in `l1_scores`. Only the backend "cpu" is built.
+        As in `l1_scores`. On "cuda" and "emulator" the only variant so far is a plain baseline, "gather".
     enable_gqa : bool
         Heads of query may be a multiple of those of key and value; Hq / Hk neighbours share one. Nothing is copied.
     window : (int, int), optional
@@ -66,7 +66,7 @@ def l1_attention(
     TypeError, ValueError
         As `l1_scores`. Every message names the argument, what is required and what came.
     NotImplementedError
-        ``dropout_p`` is not 0, or the backend has no kernel for attention.
+        ``dropout_p`` is not 0; in the backward pass, an ``attn_mask`` needs a gradient on "cuda" or "emulator".
 
     Notes
     -----

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .functions import SCORES
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BACKENDS = ("cpu", "cuda", "emulator")
 
 #: Range of the normal float32 numbers.

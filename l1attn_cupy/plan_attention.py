@@ -66,15 +66,13 @@ class AttentionPlan(NamedTuple):
 
     def seen_by_kernels(self, name: str, spec: ArraySpec) -> ArraySpec:
         """Any array of a call, by its name: a matrix for each batch entry, with heads as in `groups`."""
-        if name in ("query", "key", "value"):
-            return getattr(self, name)
         if name in ("mask", "dmask"):
             spec = _as_matrix(spec)
         elif name in ("lse", "grad_lse"):  # a column
             spec = spec._replace(shape=(*spec.shape, 1), strides=(*spec.strides, 0))
         if self.groups is None or name == "delta":
             return spec
-        return _lone(spec) if name in ("dkey", "dvalue") else _split_heads(spec, *self.groups)
+        return _lone(spec) if name in ("key", "value", "dkey", "dvalue") else _split_heads(spec, *self.groups)
 
 
 class AttentionOptions(NamedTuple):
@@ -163,7 +161,6 @@ def attention(
     checked = plan.check_options(
         options.score, options.scale, options.eps, options.backend, options.variant, query.device
     )
-    _check_built(checked)
     groups = _groups(query, key, value) if options.enable_gqa else None
     heads = [_split_heads(query, *groups), _lone(key), _lone(value)] if groups else [query, key, value]
     batch = _broadcast(query, heads, tuple(arrays.values()))
@@ -193,14 +190,6 @@ def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec) -> None:
     plan.check_same("framework", "come from the same library as query", query, spec, name)
     plan.check_same("dtype", "have query's dtype", query, spec, name)
     plan.check_same("device", "be on query's device", query, spec, name)
-
-
-def _check_built(options: Options) -> None:
-    if options.backend != "cpu":
-        raise NotImplementedError(
-            f"backend must be 'cpu' for attention, as its kernel is not built yet for {options.backend!r}; "
-            "softmax(l1_scores(query, key)) @ value runs there"
-        )
 
 
 def _groups(query: ArraySpec, key: ArraySpec, value: ArraySpec) -> tuple[int, int]:

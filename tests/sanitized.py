@@ -23,8 +23,11 @@ def main() -> None:
             )
             if variant.op == "scores_forward":
                 l1.l1_scores(query, key, variant=variant.name)
-            else:
+            elif variant.op == "scores_backward":
                 l1.l1_scores_backward(grad, query, key, variant=variant.name)
+            else:  # both ops of attention have the same names
+                out, lse = l1.l1_attention(query, key, key, grad, return_lse=True, variant=variant.name)
+                l1.l1_attention_backward(query, query, key, key, out, lse, grad, variant=variant.name)
             launches += 1
     cupy.cuda.Device().synchronize()
     print(f"{launches} calls")

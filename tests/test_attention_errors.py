@@ -141,14 +141,6 @@ def test_attention_dropout_says_what_to_do(x):
         l1.l1_attention(x, x, x, None, 0.1)
 
 
-@pytest.mark.parametrize("device, backend", [("cpu", "emulator"), ("cuda:0", None), ("cuda:0", "cuda")])
-def test_attention_backend_that_is_not_built(device, backend):
-    spec = plan_attention.ArraySpec("torch", (3, 4), (4, 1), "float32", device)
-    options = plan_attention.option_types(False, False, None, "inverse", 1.0, 1e-3, backend, None)
-    with pytest.raises(NotImplementedError, match="backend must be 'cpu' for attention, as its kernel is not built"):
-        plan_attention.attention(spec, spec, spec, None, options)
-
-
 @pytest.mark.parametrize("name", ["key", "value", "attn_mask"])
 def test_attention_device_mismatch(name):
     here = plan_attention.ArraySpec("torch", (3, 3), (3, 1), "float32", "cpu")

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..functions import SCORES
 from ..plan import ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
+from ..plan_attention import AttentionPlan
 from . import registry
 from .registry import Variant
 
@@ -185,7 +186,9 @@ def _tiles(length: int, variant: Variant, block: str) -> int:
     return -(-length // variant.parameters[block])
 
 
-def _launch(variant: Variant, plan: Plan, args: np.ndarray, blocks: int, places: Iterable[tuple[str, int]]) -> Launch:
+def _launch(
+    variant: Variant, plan: Plan | AttentionPlan, args: np.ndarray, blocks: int, places: Iterable[tuple[str, int]]
+) -> Launch:
     if blocks > _MAX_BLOCKS:
         raise ValueError(
             f"query and key must need at most {_MAX_BLOCKS} blocks of {variant.path.name}, got {blocks} for query "

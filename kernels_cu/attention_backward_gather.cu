@@ -12,34 +12,12 @@
 static_assert(BLOCK_X == 1, "a block holds one row of x");
 static_assert(BLOCK_E == THREADS && THREADS % 32 == 0, "a thread owns one channel; whole warps, for the shuffles");
 
-// ds of query i and key j, by a warp; `weight` becomes p, `score` the score without the mask.
-__device__ __forceinline__ acc_t score_gradient(const AttentionBackward &p, int b, int i, int j, int lane,
-                                                acc_t &weight, acc_t &score) {
-    const Attention &a = p.a;
-    const scalar_t *q = matrix(a.q, a.batch_shape, b) + i * a.q.row_stride;
-    const scalar_t *k = matrix(a.k, a.batch_shape, b) + j * a.k.row_stride;
-    const scalar_t *v = matrix(a.v, a.batch_shape, b) + j * a.v.row_stride;
-    const scalar_t *grad = matrix(p.grad, a.batch_shape, b) + i * p.grad.row_stride;
-    const scalar_t *out = matrix(p.out, a.batch_shape, b) + i * p.out.row_stride;
-    score = score_of(warp_distance(q, k, a.channels, lane), a);
-    acc_t product = 0, delta = 0;
-    for (int c = lane; c < a.channels_v; c += 32) {
-        product += to_acc(grad[c]) * to_acc(v[c]);
-        delta += to_acc(grad[c]) * to_acc(out[c]);
-    }
-    product = warp_sum(product), delta = warp_sum(delta);
-    if (p.grad_lse.data) delta -= accumulated(p.grad_lse, a.batch_shape, b)[i * p.grad_lse.row_stride];
-    const acc_t lse = accumulated(a.lse, a.batch_shape, b)[i * a.lse.row_stride];
-    weight = lse == -infinity() ? 0 : exponential(masked(a, b, i, j, score) - lse);
-    return weight == 0 ? 0 : weight * (product - delta);  // what is masked may be NaN
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(const AttentionBackward p) {
-    const Attention &a = p.a;
+    const Attention &a = p.s.a;
     const int channels = p.of_key ? a.channels + a.channels_v : a.channels, e_blocks = ceil_div(channels, BLOCK_E);
     const int length_x = p.of_key ? a.length_k : a.length_q;
     const int e = blockIdx.x % e_blocks * BLOCK_E + threadIdx.x;  // of x, then of v
-    const int row = blockIdx.x / e_blocks % length_x, entry = blockIdx.x / e_blocks / length_x * p.summed;
+    const int row = blockIdx.x / e_blocks % length_x, entry = blockIdx.x / e_blocks / length_x * p.s.summed;
     const Matrix &x = p.of_key ? a.k : a.q, &y = p.of_key ? a.q : a.k;
     __shared__ acc_t h[BLOCK_Y], weights[BLOCK_Y];
 
@@ -47,15 +25,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(const A
     const int first = p.of_key ? first_query(a, row) : first_key(a, row);
     const int end = p.of_key ? end_of_queries(a, row) : end_of_keys(a, row);
     acc_t sum = 0;
-    for (int b = entry; b < entry + p.summed; ++b) {
+    for (int b = entry; b < entry + p.s.summed; ++b) {
         const acc_t mine = e < a.channels ? to_acc(matrix(x, a.batch_shape, b)[row * x.row_stride + e]) : 0;
-        const scalar_t *ys = matrix(y, a.batch_shape, b), *grad = matrix(p.grad, a.batch_shape, b) - a.channels;
+        const scalar_t *ys = matrix(y, a.batch_shape, b), *grad = matrix(p.s.grad, a.batch_shape, b) - a.channels;
         for (int j0 = first; j0 < end; j0 += BLOCK_Y) {
             const int count = min(BLOCK_Y, end - j0);
             for (int n = threadIdx.x / 32; n < count; n += THREADS / 32) {
                 acc_t weight, score;
                 const int i = p.of_key ? j0 + n : row, j = p.of_key ? row : j0 + n;
-                const acc_t ds = score_gradient(p, b, i, j, lane, weight, score);
+                const acc_t ds = score_gradient(p.s, b, i, j, lane, weight, score);
                 if (lane == 0) {
                     h[n] = ds == 0 ? 0 : ds * (acc_t)a.scale * derivative_of(score, a.score);
                     weights[n] = weight;
@@ -66,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(const A
                 if (e < a.channels) {
                     sum += h[n] * sign(mine - to_acc(ys[(j0 + n) * y.row_stride + e]));
                 } else if (e < channels && weights[n] != 0) {
-                    sum += weights[n] * to_acc(grad[(j0 + n) * p.grad.row_stride + e]);
+                    sum += weights[n] * to_acc(grad[(j0 + n) * p.s.grad.row_stride + e]);
                 }
             }
             __syncthreads();  // all are done with it

@@ -78,12 +78,23 @@ struct AttentionForward {
     Matrix out;  // (B, L, V)
 };
 
-struct AttentionBackward {  // the gradient of q, or those of k and v: an address of 0 is one that is not wanted
+struct AttentionSaved {  // what the backward pass starts from
     Attention a;
     Matrix out, grad, grad_lse;  // (B, L, V) twice; (B, L) in acc_t, its address may be 0
-    Matrix dx, dxv;              // of q; of k and v
-    int kept, summed;            // matrices of dx, and batch entries that are summed into each
+    int kept, summed;            // matrices of a gradient, and batch entries that are summed into each
+};
+
+struct AttentionBackward {  // the gradient of q, or those of k and v: an address of 0 is one that is not wanted
+    AttentionSaved s;
+    Matrix dx, dxv;  // of q; of k and v
     int of_key, unused;
+};
+
+struct AttentionMaskGradient {
+    AttentionSaved s;
+    Matrix dmask;
+    int64 dmask_column;
+    int one_row, one_column;  // whether all queries share a row of the mask, all keys a column
 };
 
 // Offset of the matrix of batch entry `index`, and its address.
@@ -241,6 +252,28 @@ __device__ __forceinline__ int end_of_keys(const Attention &a, int i) {
 __device__ __forceinline__ int first_query(const Attention &a, int j) { return a.right < 0 ? 0 : max(0, j - a.right); }
 __device__ __forceinline__ int end_of_queries(const Attention &a, int j) {
     return a.left < 0 || a.left >= a.length_q - j ? a.length_q : j + a.left + 1;
+}
+
+// ds of query i and key j, by a warp; `weight` becomes p, `score` the score without the mask.
+__device__ __forceinline__ acc_t score_gradient(const AttentionSaved &p, int b, int i, int j, int lane,
+                                                acc_t &weight, acc_t &score) {
+    const Attention &a = p.a;
+    const scalar_t *q = matrix(a.q, a.batch_shape, b) + i * a.q.row_stride;
+    const scalar_t *k = matrix(a.k, a.batch_shape, b) + j * a.k.row_stride;
+    const scalar_t *v = matrix(a.v, a.batch_shape, b) + j * a.v.row_stride;
+    const scalar_t *grad = matrix(p.grad, a.batch_shape, b) + i * p.grad.row_stride;
+    const scalar_t *out = matrix(p.out, a.batch_shape, b) + i * p.out.row_stride;
+    score = score_of(warp_distance(q, k, a.channels, lane), a);
+    acc_t product = 0, delta = 0;
+    for (int c = lane; c < a.channels_v; c += 32) {
+        product += to_acc(grad[c]) * to_acc(v[c]);
+        delta += to_acc(grad[c]) * to_acc(out[c]);
+    }
+    product = warp_sum(product), delta = warp_sum(delta);
+    if (p.grad_lse.data) delta -= accumulated(p.grad_lse, a.batch_shape, b)[i * p.grad_lse.row_stride];
+    const acc_t lse = accumulated(a.lse, a.batch_shape, b)[i * a.lse.row_stride];
+    weight = lse == -infinity() ? 0 : exponential(masked(a, b, i, j, score) - lse);
+    return weight == 0 ? 0 : weight * (product - delta);  // what is masked may be NaN
 }
 
 // ---- 128-bit loads --------------------------------------------------------------------------------------------

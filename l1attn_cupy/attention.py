@@ -66,7 +66,7 @@ def l1_attention(
     TypeError, ValueError
         As `l1_scores`. Every message names the argument, what is required and what came.
     NotImplementedError
-        ``dropout_p`` is not 0; in the backward pass, an ``attn_mask`` needs a gradient on "cuda" or "emulator".
+        ``dropout_p`` is not 0.
 
     Notes
     -----

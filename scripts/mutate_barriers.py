@@ -110,21 +110,22 @@ def _outcome(variant: Variant, seeds: int) -> str:
 
 
 def _attention_outcome(variant: Variant, seeds: int) -> str:
-    given = testing_attention.inputs(
-        (ATTENTION_LENGTH_Q, CHANNELS), (LENGTH_K, CHANNELS), CHANNELS_V, variant.dtypes[0]
-    )
-    query, key, value, _, grad, grad_lse = given
+    shapes, mask_of = ((ATTENTION_LENGTH_Q, CHANNELS), (LENGTH_K, CHANNELS)), ("added", (LENGTH_K,))
+    given = testing_attention.inputs(*shapes, CHANNELS_V, variant.dtypes[0], mask=mask_of)
+    query, key, value, mask, grad, grad_lse = given
     call: dict[str, Any] = {"score": "negative", "scale": 0.1}
     expected = testing_attention.ExpectedAttention(*given, **call)
-    out, lse = l1.l1_attention(query, key, value, return_lse=True, **call)
+    out, lse = l1.l1_attention(query, key, value, mask, return_lse=True, **call)
     own: dict[str, Any] = {"backend": "emulator", "variant": variant.name, **call}
     wrong = 0
     for _ in range(seeds):
         try:
             if variant.op == "attention_forward":
-                found = expected.results(*l1.l1_attention(query, key, value, return_lse=True, **own))
+                found = expected.results(*l1.l1_attention(query, key, value, mask, return_lse=True, **own))
             else:
-                gradients = l1.l1_attention_backward(grad, query, key, value, out, lse, grad_lse=grad_lse, **own)
+                gradients = l1.l1_attention_backward(
+                    grad, query, key, value, out, lse, mask, grad_lse=grad_lse, return_dmask=True, **own
+                )
                 found = expected.gradients(*gradients)
             wrong += max(agreement.error for agreement in found) > 0.05
         except EmulatorError as error:

@@ -25,9 +25,10 @@ def main() -> None:
                 l1.l1_scores(query, key, variant=variant.name)
             elif variant.op == "scores_backward":
                 l1.l1_scores_backward(grad, query, key, variant=variant.name)
-            else:  # both ops of attention have the same names
-                out, lse = l1.l1_attention(query, key, key, grad, return_lse=True, variant=variant.name)
-                l1.l1_attention_backward(query, query, key, key, out, lse, grad, variant=variant.name)
+            else:  # all ops of attention have the same names
+                mask, own = grad, {"variant": variant.name}
+                out, lse = l1.l1_attention(query, key, key, mask, return_lse=True, **own)
+                l1.l1_attention_backward(query, query, key, key, out, lse, mask, return_dmask=True, **own)
             launches += 1
     cupy.cuda.Device().synchronize()
     print(f"{launches} calls")

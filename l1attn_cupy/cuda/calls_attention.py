@@ -32,12 +32,10 @@ def attention_forward(
 def attention_backward(
     machine: Machine, plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-    """Write ``wanted``, of dquery, dkey and dvalue; ``given`` is as in `cpu.attention_backend.attention_backward`."""
-    if "dmask" in wanted:
-        raise NotImplementedError(
-            f"attn_mask must not require a gradient on {plan.options.backend!r}, where its gradient is not built yet; "
-            "detach it, or use the backend 'cpu'"
-        )
+    """Write ``wanted``, of dquery, dkey, dvalue and dmask.
+
+    ``given`` has query, key, value, mask, grad_out, out, lse and grad_lse; mask and grad_lse may be None.
+    """
     for gradient in wanted.values():
         if len(plan.segments) > 1:
             gradient[...] = 0  # sequences without a query or without a key reach no kernel
@@ -53,6 +51,9 @@ def attention_backward(
             if any(0 not in array.shape for array in written.values()):
                 call = launch_attention.attention_backward(part, specs, dx, dxv)
                 machine(call, inputs, written)
+        if "dmask" in arrays_of:
+            call = launch_attention.attention_mask_gradient(part, specs)
+            machine(call, inputs, {"dmask": arrays_of["dmask"]})
 
 
 def _cut(

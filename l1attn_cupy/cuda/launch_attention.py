@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import numpy as np
 
@@ -30,15 +31,28 @@ _ATTENTION = np.dtype(
     align=True,
 )
 _FORWARD = np.dtype([("a", _ATTENTION), ("out", _MATRIX)], align=True)
-_BACKWARD = np.dtype(
+_SAVED = np.dtype(
     [
         ("a", _ATTENTION),
-        *((name, _MATRIX) for name in ("out", "grad_out", "grad_lse", "dx", "dxv")),
-        *((name, "i4") for name in ("kept", "summed", "of_key", "unused")),
+        *((name, _MATRIX) for name in ("out", "grad_out", "grad_lse")),
+        *((name, "i4") for name in ("kept", "summed")),
+    ],
+    align=True,
+)
+_BACKWARD = np.dtype(
+    [("s", _SAVED), ("dx", _MATRIX), ("dxv", _MATRIX), *((name, "i4") for name in ("of_key", "unused"))], align=True
+)
+_MASK_GRADIENT = np.dtype(
+    [
+        ("s", _SAVED),
+        ("dmask", _MATRIX),
+        ("dmask_column", "i8"),
+        *((name, "i4") for name in ("one_row", "one_column")),
     ],
     align=True,
 )
 _SHARED = ("query", "key", "value", "mask", "lse")
+_GIVEN = ("out", "grad_out", "grad_lse")
 
 
 def attention_forward(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
@@ -51,14 +65,21 @@ def attention_backward(plan: AttentionPlan, specs: Mapping[str, ArraySpec], dx: 
     return _backward(registry.generation(), plan, tuple(specs.items()), dx, dxv)
 
 
+def attention_mask_gradient(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
+    """The launch that computes dmask."""
+    return _mask_gradient(registry.generation(), plan, tuple(specs.items()))
+
+
 @functools.lru_cache(maxsize=1024)
 def _forward(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
     variant = _pick("attention_forward", plan)
     args, known = np.zeros((), _FORWARD), dict(specs)
-    _fill(args, plan, known, {"out": "out"}, range(len(plan.batch)))
+    matrices = _shared(known, args["a"]) | {"out": (args, "out")}
+    _fill_batch(args["a"], plan, known, matrices, range(len(plan.batch)))
+    _fill_attention(args["a"], plan, known)
     blocks = _tiles(plan.length_q, variant, "BLOCK_Q") * max(1, _tiles(plan.channels_v, variant, "BLOCK_V"))
-    places = _places(_FORWARD, {"out": "out"})
-    return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places)
+    places = {**_offsets(_FORWARD, "a", _SHARED), "out": _offset(_FORWARD, "out")}
+    return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places.items())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -67,17 +88,50 @@ def _backward(
 ) -> Launch:
     variant = _pick("attention_backward", plan)
     args, known = np.zeros((), _BACKWARD), dict(specs)
-    fields = {name: name for name in ("out", "grad_out", "grad_lse")} | {"dx": dx, "dxv": dxv}
-    fields = {field: name for field, name in fields.items() if name in known}
     owner = plan.query if dx == "dquery" else plan.key if dx else plan.value
-    shared = broadcast_dims(owner, plan.batch)
-    _fill(args, plan, known, fields, sorted(range(len(shared)), key=lambda dim: shared[dim]))
-    args["summed"] = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
-    args["kept"] = math.prod(plan.batch) // int(args["summed"])
+    own = {name: field for field, name in (("dx", dx), ("dxv", dxv)) if name in known}
+    kept = _fill_saved(args, plan, known, owner, own)
     args["of_key"] = dx != "dquery"
     channels = plan.channels + (plan.channels_v if args["of_key"] else 0)
     tiles = _tiles(owner.shape[-2], variant, "BLOCK_X") * _tiles(channels, variant, "BLOCK_E")
-    return _launch(variant, plan, args, int(args["kept"]) * tiles, _places(_BACKWARD, fields))
+    return _launch(variant, plan, args, kept * tiles, _saved_places(_BACKWARD, own))
+
+
+@functools.lru_cache(maxsize=1024)
+def _mask_gradient(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
+    variant = _pick("attention_mask_gradient", plan)
+    args, known = np.zeros((), _MASK_GRADIENT), dict(specs)
+    dmask = known["dmask"]
+    kept = _fill_saved(args, plan, known, dmask, {"dmask": "dmask"})
+    rows, columns = dmask.shape[-2:]
+    args["dmask_column"] = dmask.strides[-1]
+    args["one_row"], args["one_column"] = rows < plan.length_q, columns < plan.length_k
+    tiles = _tiles(rows, variant, "BLOCK_Q") * _tiles(columns, variant, "BLOCK_K")
+    return _launch(variant, plan, args, kept * tiles, _saved_places(_MASK_GRADIENT, {"dmask": "dmask"}))
+
+
+def _fill_saved(
+    args: np.ndarray,
+    plan: AttentionPlan,
+    specs: Mapping[str, ArraySpec],
+    owner: ArraySpec,
+    own: Mapping[str, str],
+) -> int:
+    """All but the addresses, for gradients like ``owner`` in the fields ``own``; returns how many matrices they are."""
+    saved = args["s"]
+    matrices = _shared(specs, saved["a"]) | {name: (saved, name) for name in _GIVEN if name in specs}
+    matrices |= {name: (args, field) for name, field in own.items()}
+    shared = broadcast_dims(owner, plan.batch)
+    _fill_batch(saved["a"], plan, specs, matrices, sorted(range(len(shared)), key=lambda dim: shared[dim]))
+    _fill_attention(saved["a"], plan, specs)
+    saved["summed"] = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
+    saved["kept"] = math.prod(plan.batch) // int(saved["summed"])
+    return int(saved["kept"])
+
+
+def _shared(specs: Mapping[str, ArraySpec], args: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
+    """Where the arrays of struct Attention go."""
+    return {name: (args, name) for name in _SHARED if name in specs}
 
 
 def _pick(op: str, plan: AttentionPlan) -> Variant:
@@ -85,18 +139,16 @@ def _pick(op: str, plan: AttentionPlan) -> Variant:
     return registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
 
 
-def _fill(
-    args: np.ndarray,
+def _fill_batch(
+    attention: np.ndarray,
     plan: AttentionPlan,
     specs: Mapping[str, ArraySpec],
-    fields: Mapping[str, str],
-    order: Sequence[int] | range,
+    matrices: Mapping[str, tuple[np.ndarray, str]],
+    order: Iterable[int],
 ) -> None:
-    """All but the addresses; ``fields`` tells which array each Matrix after the shared ones is."""
-    shared = args["a"]
-    names = [name for name in _SHARED if name in specs]
-    places = {name: (shared, name) for name in names} | {name: (args, field) for field, name in fields.items()}
-    strides = [batch_strides(specs[name], plan.batch) for name in places]
+    """Batch shape and the strides of all matrices, with the batch dimensions in ``order``."""
+    order = list(order)
+    strides = [batch_strides(specs[name], plan.batch) for name in matrices]
     shape, strides = collapse(
         tuple(plan.batch[dim] for dim in order), [tuple(s[dim] for dim in order) for s in strides]
     )
@@ -106,24 +158,30 @@ def _fill(
             f"{MAX_BATCH_DIMS}, got batch {plan.batch}; call contiguous() first"
         )
     missing = MAX_BATCH_DIMS - len(shape)
-    shared["batch_shape"] = (1,) * missing + shape
-    for (name, (target, field)), stride in zip(places.items(), strides, strict=True):
+    attention["batch_shape"] = (1,) * missing + shape
+    for (name, (target, field)), stride in zip(matrices.items(), strides, strict=True):
         target[field] = (0, (0,) * missing + stride, specs[name].strides[-2])
-    shared["length_q"], shared["length_k"] = plan.length_q, plan.length_k
-    shared["channels"], shared["channels_v"] = plan.channels, plan.channels_v
-    shared["score"], shared["scale"], shared["eps"] = (
-        SCORES[plan.options.score],
-        plan.options.scale,
-        plan.options.eps,
-    )
-    shared["left"], shared["right"] = (min(n, _MOST) for n in plan.window)
+
+
+def _fill_attention(attention: np.ndarray, plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> None:
+    """Sizes and options."""
+    attention["length_q"], attention["length_k"] = plan.length_q, plan.length_k
+    attention["channels"], attention["channels_v"] = plan.channels, plan.channels_v
+    attention["score"] = SCORES[plan.options.score]
+    attention["scale"], attention["eps"] = plan.options.scale, plan.options.eps
+    attention["left"], attention["right"] = (min(n, _MOST) for n in plan.window)
     if plan.mask is not None:
-        shared["mask_kind"] = BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
-        shared["mask_column"] = specs["mask"].strides[-1]
+        attention["mask_kind"] = BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
+        attention["mask_column"] = specs["mask"].strides[-1]
 
 
-def _places(struct_type: np.dtype, fields: Mapping[str, str]) -> list[tuple[str, int]]:
-    """Where the address of each array goes."""
-    start = _offset(struct_type, "a")
-    shared = [(name, start + _offset(_ATTENTION, name)) for name in _SHARED]
-    return shared + [(name, _offset(struct_type, field)) for field, name in fields.items()]
+def _offsets(struct_type: np.dtype, field: str, names: Iterable[str]) -> dict[str, int]:
+    """Bytes before each of ``names`` in the struct that ``field`` is."""
+    inner = cast(Mapping, struct_type.fields)[field]
+    return {name: inner[1] + _offset(inner[0], name) for name in names}
+
+
+def _saved_places(struct_type: np.dtype, own: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Where the address of each array goes, in a struct that starts with AttentionSaved."""
+    places = _offsets(struct_type, "s", _GIVEN) | _offsets(_SAVED, "a", _SHARED)
+    return [*places.items(), *((name, _offset(struct_type, field)) for name, field in own.items())]

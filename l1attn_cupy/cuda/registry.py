@@ -20,6 +20,7 @@ OPS = {
     "scores_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"}, {"BLOCK_Q", "BLOCK_K", "BLOCK_E", "THREADS", "ATOMIC"}),
     "attention_forward": ({"BLOCK_Q", "BLOCK_V", "THREADS"},),
     "attention_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"},),
+    "attention_mask_gradient": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
 }
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
 _LIMITS = ("min_q", "max_q", "min_k", "max_k", "min_e", "max_e")

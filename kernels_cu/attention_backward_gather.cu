@@ -24,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(const A
     const int lane = threadIdx.x % 32;
     const int first = p.of_key ? first_query(a, row) : first_key(a, row);
     const int end = p.of_key ? end_of_queries(a, row) : end_of_keys(a, row);
+    const Derivative derivative(a.score, a.scale, a.eps);
     acc_t sum = 0;
     for (int b = entry; b < entry + p.s.summed; ++b) {
         const acc_t mine = e < a.channels ? to_acc(matrix(x, a.batch_shape, b)[row * x.row_stride + e]) : 0;
@@ -35,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(const A
                 const int i = p.of_key ? j0 + n : row, j = p.of_key ? row : j0 + n;
                 const acc_t ds = score_gradient(p.s, b, i, j, lane, weight, score);
                 if (lane == 0) {
-                    h[n] = ds == 0 ? 0 : ds * (acc_t)a.scale * derivative_of(score, a.score);
+                    h[n] = ds == 0 ? 0 : ds * derivative(score);
                     weights[n] = weight;
                 }
             }

@@ -97,14 +97,16 @@ struct AttentionMaskGradient {
     int one_row, one_column;  // whether all queries share a row of the mask, all keys a column
 };
 
-// Offset of the matrix of batch entry `index`, and its address.
-__device__ __forceinline__ int64 offset(const Matrix &m, const int *batch_shape, int index) {
+// Offset of the matrix of batch entry `index`, and its address. One batch dimension takes no division.
+__device__ __forceinline__ int64 offset(const Matrix &m, const int *batch_shape, unsigned index) {
     int64 sum = 0;
 #pragma unroll
     for (int dim = MAX_BATCH_DIMS - 1; dim >= 0; --dim) {
-        if (batch_shape[dim] == 1) continue;  // spares the division
-        sum += (index % batch_shape[dim]) * m.batch_stride[dim];
-        index /= batch_shape[dim];
+        const unsigned n = batch_shape[dim];
+        if (n == 1) continue;
+        const unsigned outer = index < n ? 0 : index / n;
+        sum += (index - outer * n) * m.batch_stride[dim];
+        index = outer;
     }
     return sum;
 }
@@ -112,7 +114,19 @@ __device__ __forceinline__ scalar_t *matrix(const Matrix &m, const int *batch_sh
     return (scalar_t *)m.data + offset(m, batch_shape, index);
 }
 
-__device__ __forceinline__ int ceil_div(int n, int size) { return n / size + (n % size != 0); }
+__device__ __forceinline__ int ceil_div(unsigned n, unsigned size) { return n / size + (n % size != 0); }
+
+// The tile of scores of this block, by the grid rule of scores_forward: out[b, i0:i0+block_q, j0:j0+block_k].
+struct Tile {
+    int b, i0, j0;
+    __device__ __forceinline__ Tile(int length_q, int length_k, int block_q, int block_k) {
+        const unsigned q_blocks = ceil_div(length_q, block_q), k_blocks = ceil_div(length_k, block_k);
+        const unsigned row = blockIdx.x / k_blocks;
+        j0 = (blockIdx.x - row * k_blocks) * block_k;
+        b = row / q_blocks;
+        i0 = (row - b * q_blocks) * block_q;
+    }
+};
 
 // ---- numbers --------------------------------------------------------------------------------------------------
 
@@ -183,19 +197,22 @@ __device__ __forceinline__ void apply_score(acc_t (&out)[N], int score, acc_t sc
     }
 }
 
-// Whether two rows are so nearly equal that |h| may dwarf that of all others, while most channels tie: x < 31 * eps for
-// "inverse", x < 0.03 for "laplacian".
-__device__ __forceinline__ bool nearly_equal(acc_t s, int score, double eps) {
-    return (score == INVERSE && s > 1 / (32 * (acc_t)eps)) || (score == LAPLACIAN && s > (acc_t)0.97);
-}
+// dscore/ddistance, F' * scale, as a function of the score itself: (a * s + b) * s where F is curved, else b.
+struct Derivative {
+    acc_t a, b;
+    bool curved;
+    // Scores beyond it are of rows so nearly equal that |h| may dwarf that of all others, while most channels tie:
+    // x < 31 * eps for "inverse", x < 0.03 for "laplacian".
+    acc_t nearly_equal;
 
-// F'(x), from the score F(x) itself.
-__device__ __forceinline__ acc_t derivative_of(acc_t s, int score) {
-    if (score == INVERSE) return -s * s;
-    if (score == NEGATIVE) return -1;
-    if (score == LAPLACIAN) return -s;
-    return 1;
-}
+    __device__ __forceinline__ Derivative(int score, acc_t scale, acc_t eps) {
+        curved = score == INVERSE || score == LAPLACIAN;
+        a = score == INVERSE ? -scale : 0;
+        b = score == INVERSE ? 0 : score == DISTANCE ? scale : -scale;
+        nearly_equal = score == INVERSE ? 1 / (32 * eps) : (acc_t)(score == LAPLACIAN ? 0.97 : 3e38);
+    }
+    __device__ __forceinline__ acc_t operator()(acc_t s) const { return curved ? multiply_add(a, s, b) * s : b; }
+};
 
 // ---- attention ------------------------------------------------------------------------------------------------
 
@@ -308,6 +325,49 @@ __device__ __forceinline__ Load load(const scalar_t *from, int count) {
 #pragma unroll
     for (int i = 0; i < LOAD; ++i) numbers.at[i] = i < count ? from[i] : to_scalar(0);
     return numbers;
+}
+
+// The first `count` of LOAD numbers to `to`.
+__device__ __forceinline__ void store(scalar_t *to, const Load &numbers, int count) {
+    if (count >= LOAD && aligned<Load>(to)) {
+        *(Load *)to = numbers;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < LOAD; ++i) {
+        if (i < count) to[i] = numbers.at[i];
+    }
+}
+
+// ---- asynchronous copies --------------------------------------------------------------------------------------
+
+#if !defined(L1ATTN_EMULATOR) && __CUDA_ARCH__ < 800
+#define ASYNC_COPY 0
+#else
+#define ASYNC_COPY 1
+#endif
+
+// A T from global to shared memory, zeros if it does not exist; it is there after wait_async() and a barrier. Without such
+// copies (before sm_80) it is there at once.
+template <typename T>
+__device__ __forceinline__ void copy_async(void *shared, const void *global, bool exists = true) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "the sizes that can be copied");
+#if !ASYNC_COPY
+    *(T *)shared = exists ? *(const T *)global : T{};
+#elif defined(L1ATTN_EMULATOR)
+    __pipeline_memcpy_async(shared, global, sizeof(T), exists ? 0 : sizeof(T));
+#else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global), "n"(sizeof(T)), "r"(exists ? (int)sizeof(T) : 0));
+#endif
+}
+__device__ __forceinline__ void wait_async() {
+#if defined(L1ATTN_EMULATOR)
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+#elif ASYNC_COPY
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // ---- tiles of scores ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
     const int block = is_dq ? blockIdx.x : blockIdx.x - dq_blocks;
     const int i = block / e_blocks % t.length_x, entry = block / e_blocks / t.length_x * t.summed;
     const int e = block % e_blocks * BLOCK_E + threadIdx.x;
+    const Derivative f(p.score, (acc_t)p.scale, (acc_t)p.eps);
     __shared__ acc_t h[BLOCK_Y];
 
     const acc_t x = e < p.channels ? to_acc(matrix(t.x, t.batch_shape, entry)[i * t.x.row_stride + e]) : 0;
@@ -30,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
                 const int64 row = t.x_is_row ? i : j, column = t.x_is_row ? j : i;
                 const acc_t g = to_acc(grad[row * t.grad.row_stride + column]);
                 const acc_t s = to_acc(scores[row * t.scores.row_stride + column]);
-                h[threadIdx.x] = g * (acc_t)p.scale * derivative_of(s, p.score);
+                h[threadIdx.x] = g * f(s);
             }
             __syncthreads();  // this chunk of h is there
             const int count = min(BLOCK_Y, t.length_y - j0);

@@ -29,14 +29,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
 
     const scalar_t *grad = matrix(t.grad, t.batch_shape, b) + i0 * t.grad.row_stride + j0;
     const scalar_t *scores = matrix(t.scores, t.batch_shape, b) + i0 * t.scores.row_stride + j0;
+    const Derivative f(p.score, (acc_t)p.scale, (acc_t)p.eps);
     bool fast = true;
     for (int at = threadIdx.x; at < BLOCK_Q * BLOCK_K; at += THREADS) {
         const int i = at / BLOCK_K, j = at % BLOCK_K;
         acc_t value = 0;
         if (i < q_count && j < k_count) {
             const acc_t s = to_acc(scores[i * t.scores.row_stride + j]);
-            value = to_acc(grad[i * t.grad.row_stride + j]) * (acc_t)p.scale * derivative_of(s, p.score);
-            fast = fast && finite(value) && !nearly_equal(s, p.score, p.eps);
+            value = to_acc(grad[i * t.grad.row_stride + j]) * f(s);
+            fast = fast && finite(value) && !(s > f.nearly_equal);
         }
         h[j][i] = value;
     }

@@ -24,69 +24,78 @@ const int STRIDE = BLOCK_X + VEC;  // the extra VEC spreads the transposed store
 // Offset in the tile of a thread's n-th row or channel: groups of VEC neighbours, `apart` * VEC apart.
 __device__ __forceinline__ int place(int n, int thread, int apart) { return n / VEC * VEC * apart + thread * VEC + n % VEC; }
 
-// A thread's part of a chunk, BLOCK_Y rows of y and their h, on its way from global to shared memory.
+// BLOCK_Y rows of y, and grad and scores of all x with them, on their way from global to shared memory.
 struct Chunk {
-    static const int H_MINE = (BLOCK_X * BLOCK_Y / LOAD + THREADS - 1) / THREADS;  // 128-bit loads
+    static const int H_MINE = (BLOCK_X * BLOCK_Y / LOAD + THREADS - 1) / THREADS;  // 128-bit loads of a thread
     static const int Y_MINE = (BLOCK_Y * BLOCK_E / LOAD + THREADS - 1) / THREADS;
+    static const int Y_APART = THREADS / (BLOCK_E / LOAD);  // rows of y that all threads load at once
     Load grad[H_MINE], scores[H_MINE], y[Y_MINE];
+    const scalar_t *y_from, *grad_from, *scores_from;  // this thread's first numbers of the next chunk
+    int j0;                                            // its first row of y
+    int y_row, y_column, h_row, h_column, h_apart;     // this thread's place in it; rows of h that are loaded at once
 
-    // Row and first column, in a tile `columns` wide, of this thread's n-th load; no such row if it is done.
-    static __device__ __forceinline__ int row(int n, int columns) { return (threadIdx.x + n * THREADS) / (columns / LOAD); }
-    static __device__ __forceinline__ int column(int n, int columns) {
-        return (threadIdx.x + n * THREADS) % (columns / LOAD) * LOAD;
+    __device__ __forceinline__ Chunk(bool x_is_row) {
+        const int width = x_is_row ? BLOCK_Y : BLOCK_X;
+        y_row = threadIdx.x / (BLOCK_E / LOAD), y_column = threadIdx.x % (BLOCK_E / LOAD) * LOAD;
+        h_row = threadIdx.x / (width / LOAD), h_column = threadIdx.x % (width / LOAD) * LOAD;
+        h_apart = THREADS / (width / LOAD);
     }
-    __device__ __forceinline__ void fetch(const Gradient &t, int index, int i0, int j0, int e0, int channels) {
-        const int x_count = min(BLOCK_X, t.length_x - i0), y_count = min(BLOCK_Y, t.length_y - j0);
-        const scalar_t *ys = matrix(t.y, t.batch_shape, index) + j0 * t.y.row_stride + e0;  // y[index, j0:, e0:]
+    // The next chunk is the first one of batch entry `index`.
+    __device__ __forceinline__ void begin(const Gradient &t, int index, int i0, int e0) {
+        const int64 row = h_row + (t.x_is_row ? i0 : 0), column = h_column + (t.x_is_row ? 0 : i0);
+        y_from = matrix(t.y, t.batch_shape, index) + y_row * t.y.row_stride + y_column + e0;
+        grad_from = matrix(t.grad, t.batch_shape, index) + row * t.grad.row_stride + column;
+        scores_from = matrix(t.scores, t.batch_shape, index) + row * t.scores.row_stride + column;
+        j0 = 0;
+    }
+    __device__ __forceinline__ void fetch(const Gradient &t, int x_count, int channels, bool curved) {
+        const int y_count = min(BLOCK_Y, t.length_y - j0);
 #pragma unroll
         for (int n = 0; n < Y_MINE; ++n) {
-            const int r = row(n, BLOCK_E), c = column(n, BLOCK_E);
-            y[n] = load(ys + r * t.y.row_stride + c, r < y_count ? channels - c : 0);
+            const int count = y_row + n * Y_APART < y_count ? channels - y_column : 0;
+            y[n] = load(y_from + n * Y_APART * t.y.row_stride, count);
         }
         const int rows = t.x_is_row ? x_count : y_count, columns = t.x_is_row ? y_count : x_count;
-        const int width = t.x_is_row ? BLOCK_Y : BLOCK_X;
-        const int64 first_row = t.x_is_row ? i0 : j0, first_column = t.x_is_row ? j0 : i0;
-        const scalar_t *g = matrix(t.grad, t.batch_shape, index) + first_row * t.grad.row_stride + first_column;
-        const scalar_t *s = matrix(t.scores, t.batch_shape, index) + first_row * t.scores.row_stride + first_column;
 #pragma unroll
         for (int n = 0; n < H_MINE; ++n) {
-            const int r = row(n, width), c = column(n, width), count = r < rows ? columns - c : 0;
-            grad[n] = load(g + r * t.grad.row_stride + c, count);
-            scores[n] = load(s + r * t.scores.row_stride + c, count);
+            const int count = h_row + n * h_apart < rows ? columns - h_column : 0;
+            grad[n] = load(grad_from + n * h_apart * t.grad.row_stride, count);
+            if (curved) scores[n] = load(scores_from + n * h_apart * t.scores.row_stride, count);
         }
+        y_from += BLOCK_Y * t.y.row_stride;
+        grad_from += t.x_is_row ? BLOCK_Y : BLOCK_Y * t.grad.row_stride;
+        scores_from += t.x_is_row ? BLOCK_Y : BLOCK_Y * t.scores.row_stride;
+        j0 += BLOCK_Y;
     }
 
     // To h[y][x] and y_rows[y][channel]. Returns whether the fast way will do for it.
     __device__ __forceinline__ bool put(acc_t (*h)[STRIDE], acc_t (*y_rows)[BLOCK_E], bool x_is_row,
-                                        const ScoresBackward &p) const {
-        acc_t zero = 0;  // stays 0 while all numbers are finite
-        bool fast = true;
+                                        const Derivative &f) const {
+        acc_t zero = 0, most = 0;  // zero stays 0 while all numbers are finite
 #pragma unroll
         for (int n = 0; n < Y_MINE; ++n) {
-            const int r = row(n, BLOCK_E), c = column(n, BLOCK_E);
-            if (r >= BLOCK_Y) break;
+            if (y_row + n * Y_APART >= BLOCK_Y) break;
 #pragma unroll
             for (int i = 0; i < LOAD; ++i) {
                 const acc_t value = to_acc(y[n].at[i]);
                 zero = multiply_add(value, 0, zero);
-                y_rows[r][c + i] = value;
+                y_rows[y_row + n * Y_APART][y_column + i] = value;
             }
         }
-        const int width = x_is_row ? BLOCK_Y : BLOCK_X;
 #pragma unroll
         for (int n = 0; n < H_MINE; ++n) {
-            const int r = row(n, width), c = column(n, width);
-            if (r * width >= BLOCK_X * BLOCK_Y) break;
+            const int r = h_row + n * h_apart;
+            if (r >= (x_is_row ? BLOCK_X : BLOCK_Y)) break;
 #pragma unroll
             for (int i = 0; i < LOAD; ++i) {
-                const acc_t s = to_acc(scores[n].at[i]);
-                const acc_t value = to_acc(grad[n].at[i]) * (acc_t)p.scale * derivative_of(s, p.score);
+                const acc_t s = f.curved ? to_acc(scores[n].at[i]) : 0;
+                const acc_t value = to_acc(grad[n].at[i]) * f(s);
+                most = fmax(most, s);
                 zero = multiply_add(value, 0, zero);
-                fast = fast && !nearly_equal(s, p.score, p.eps);
-                h[x_is_row ? c + i : r][x_is_row ? r : c + i] = value;
+                h[x_is_row ? h_column + i : r][x_is_row ? r : h_column + i] = value;
             }
         }
-        return fast && zero == 0;
+        return zero == 0 && most <= f.nearly_equal;
     }
 };
 
@@ -101,11 +110,11 @@ __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *row, int thr
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_backward(const ScoresBackward p) {
-    const int e_blocks = ceil_div(p.channels, BLOCK_E);
-    const int dq_blocks = p.dq.length_x > 0 ? p.dq.kept * ceil_div(p.dq.length_x, BLOCK_X) * e_blocks : 0;
+    const unsigned e_blocks = ceil_div(p.channels, BLOCK_E);
+    const unsigned dq_blocks = p.dq.length_x > 0 ? p.dq.kept * ceil_div(p.dq.length_x, BLOCK_X) * e_blocks : 0;
     const bool is_dq = blockIdx.x < dq_blocks;
     const Gradient &t = is_dq ? p.dq : p.dk;
-    const int block = is_dq ? blockIdx.x : blockIdx.x - dq_blocks, x_blocks = ceil_div(t.length_x, BLOCK_X);
+    const unsigned block = is_dq ? blockIdx.x : blockIdx.x - dq_blocks, x_blocks = ceil_div(t.length_x, BLOCK_X);
     const int e0 = block % e_blocks * BLOCK_E, i0 = block / e_blocks % x_blocks * BLOCK_X;
     const int entry = block / e_blocks / x_blocks * t.summed;
     const int x_count = min(BLOCK_X, t.length_x - i0), channels = min(BLOCK_E, p.channels - e0);
@@ -127,14 +136,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_back
         }
     }
 
+    const Derivative f(p.score, (acc_t)p.scale, (acc_t)p.eps);
     const int y_blocks = ceil_div(t.length_y, BLOCK_Y), chunks = t.summed * y_blocks;
-    Chunk next;
-    if (chunks > 0) next.fetch(t, entry, i0, 0, e0, channels);
+    Chunk next(t.x_is_row);
+    if (chunks > 0) {
+        next.begin(t, entry, i0, e0);
+        next.fetch(t, x_count, channels, f.curved);
+    }
     for (int chunk = 1; chunk <= chunks; ++chunk) {
-        const bool h_fast = next.put(h, y_rows, t.x_is_row, p);
+        const bool h_fast = next.put(h, y_rows, t.x_is_row, f);
         const bool fast = __syncthreads_and(x_finite && h_fast);  // the chunk is there
         if (chunk < chunks) {  // the next is on the way while this one is summed
-            next.fetch(t, entry + chunk / y_blocks, i0, chunk % y_blocks * BLOCK_Y, e0, channels);
+            if (next.j0 >= t.length_y) next.begin(t, entry + chunk / y_blocks, i0, e0);
+            next.fetch(t, x_count, channels, f.curved);
         }
         if (fast) {
             if (threadIdx.x < BLOCK_X) {

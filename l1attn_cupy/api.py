@@ -37,7 +37,8 @@ def l1_scores(
     backend : str, optional
         "cpu", "cuda" or "emulator"; by default what the arrays' device calls for.
     variant : str, optional
-        Name of a kernel variant; on the CPU there is one only, None.
+        Name of a kernel variant; on the CPU there is one only, None. The gradient takes the variant of this name, or
+        the default if it has none.
 
     Returns
     -------
@@ -54,10 +55,9 @@ def l1_scores(
 
     Notes
     -----
-    Sums are accumulated in float32 for 16-bit and float32 arrays, in float64 for float64 (the variant "half2" sums in
-    float16 first), in one fixed order, so that the result does not depend on the batch, the number of threads or the
-    run. NaN and infinities propagate as
-    in the formula. Nothing of size L * S * E is ever made.
+    Sums are accumulated in float32 for 16-bit and float32 arrays, in float64 for float64, in one fixed order, so that
+    the result does not depend on the batch, the number of threads or the run. (The variant "half2" rounds each
+    difference to float16 first.) NaN and infinities propagate as in the formula. Nothing of size L * S * E is made.
 
     In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
     computed from the result, which is all that is kept for the backward pass.

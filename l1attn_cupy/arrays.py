@@ -5,6 +5,7 @@ NumPy and CuPy arrays and torch tensors lend their address; arrays of any other 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -115,7 +116,8 @@ def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:
     """A new array of the library and device of ``like``, and of its dtype or the one named."""
     if is_torch(like):
         return like.new_empty(shape, dtype=None if dtype is None else getattr(sys.modules["torch"], dtype))
-    return _namespace(like).empty(shape, dtype or like.dtype)
+    with _device_of(like):
+        return _namespace(like).empty(shape, dtype or like.dtype)
 
 
 def zeros(shape: Shape, like: Any) -> Any:
@@ -131,7 +133,8 @@ def zeros_to_add_to(like: Any) -> Any:
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.zeros(like.shape, dtype=getattr(torch, dtype), device=like.device)
-    return _namespace(like).zeros(like.shape, dtype)
+    with _device_of(like):
+        return _namespace(like).zeros(like.shape, dtype)
 
 
 def assign(target: Any, source: Any) -> None:
@@ -154,6 +157,11 @@ def integers(name: str, numbers: Any) -> list[int]:
     if not whole:
         raise TypeError(f"{name} must be one-dimensional and of integers, got {numbers!r}")
     return [int(n) for n in listed]
+
+
+def _device_of(array: Any) -> contextlib.AbstractContextManager:
+    """Makes the device of a CuPy array the current one, where CuPy allocates."""
+    return array.device if is_cupy(array) else contextlib.nullcontext()
 
 
 def _namespace(array: Any) -> Any:

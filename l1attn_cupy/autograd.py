@@ -97,11 +97,22 @@ class _Scores(torch.autograd.Function):
         need_query, need_key = ctx.needs_input_grad[:2]
         with torch.no_grad():
             dquery, dkey = torch.ops.l1attn.scores_backward(
-                grad, query, key, scores, need_query, need_key, *ctx.options
+                grad, query, key, scores, need_query, need_key, *_of_backward(ctx.options)
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dquery, dkey = (_NotDifferentiable.apply(array, grad, query, key) for array in (dquery, dkey))
         return dquery if need_query else None, dkey if need_key else None, None
+
+
+def _of_backward(options: tuple, op: str = "scores_backward") -> tuple:
+    """The options of the forward, without a variant that only the forward has."""
+    *shared, variant = options
+    if variant is not None:
+        from .cuda import registry
+
+        if variant not in {known.name for known in registry.variants(op)}:
+            variant = None
+    return *shared, variant
 
 
 class _NotDifferentiable(torch.autograd.Function):

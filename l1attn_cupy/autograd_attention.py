@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import arrays, autograd, plan_attention, run_attention
-from .autograd import _dispatches, _library, _spec
+from .autograd import _dispatches, _library, _of_backward, _spec
 from .plan_attention import OPTIONAL, AttentionOptions, AttentionPlan
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -168,9 +168,8 @@ class _Attention(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         with torch.no_grad():
-            gradients = torch.ops.l1attn.attention_backward(
-                grad_out, *inputs, out, lse, grad_lse, *needed, *ctx.options
-            )
+            options = _of_backward(ctx.options, "attention_backward")
+            gradients = torch.ops.l1attn.attention_backward(grad_out, *inputs, out, lse, grad_lse, *needed, *options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             sources = [array for array in (grad_out, grad_lse, *inputs[:4]) if array is not None]
             gradients = [_NotDifferentiable.apply(array, *sources) for array in gradients]

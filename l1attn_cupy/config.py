@@ -46,6 +46,7 @@ def report() -> str:
     lines = {f"l1attn_cupy {_version('l1attn_cupy') or 'from a source tree'}": _packages()}
     lines["backends"] = [f"{backend.name}: {backend.missing or 'available'}" for backend in backends()]
     lines["cpu"] = _cpu()
+    lines["cuda and emulator"] = _cuda()
     return "\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in body) for title, body in lines.items())
 
 
@@ -74,12 +75,26 @@ def _cpu() -> list[str]:
         f"threads: {numba.get_num_threads()} for NumPy arrays"
         + (f", {torch.get_num_threads()} for torch tensors" if torch else " (torch is not imported)"),
         f"threading layer: {threads.layer()}",
-        *(f"kernel cache: {folder} ({_writable(folder)})" for folder in folders),
+        *(f"kernel cache: {folder} ({_writable(folder, 'NUMBA_CACHE_DIR')})" for folder in folders),
     ]
 
 
-def _writable(folder: Path) -> str:
+def _cuda() -> list[str]:
+    """Where kernels come from, and where they are kept once compiled."""
+    from .cuda import registry
+    from .emulator import toolchain
+
+    cupy = Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))
+    built = toolchain.cache_dir()
+    return [
+        *(f"kernels: {folder}" for folder in registry.folders()),
+        f"cuda kernel cache: {cupy} ({_writable(cupy, 'CUPY_CACHE_DIR')})",
+        f"emulator kernel cache: {built} ({_writable(built, 'L1ATTN_CACHE_DIR')})",
+    ]
+
+
+def _writable(folder: Path, variable: str) -> str:
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
-    return "writable" if os.access(place, os.W_OK) else "not writable: set NUMBA_CACHE_DIR"
+    return "writable" if os.access(place, os.W_OK) else f"not writable: set {variable}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -108,8 +107,7 @@ def assert_scores(machine: Machine, kernel: Kernel, expected: testing.Expected) 
     """Run the kernel on the inputs of ``expected``; returns the scores, which are within their bound."""
     result = machine.scores(kernel, expected.query, expected.key, **expected.options)
     if kernel.variant.name == "half2":
-        agreement = expected.scores(result)
-        assert agreement.error <= half2_bound(kernel.variant, expected), agreement
+        assert_half2(result, expected)
     else:
         expected.assert_scores(result)
     return result
@@ -123,22 +121,24 @@ def assert_gradients(machine: Machine, kernel: Kernel, expected: testing.Expecte
         expected.assert_gradients(*gradients)
 
 
-def half2_bound(variant: Variant, expected: testing.Expected) -> float:
-    """Worst case, relative to the score, of differences and partial sums in float16.
+def assert_half2(result: torch.Tensor, expected: testing.Expected) -> None:
+    """Between F of the least and of the most that a distance with float16 differences may come to.
 
-    With u = 2**-11, half a step of float16: a difference is rounded once, and passes through as many additions, less
-    one, as there are pairs in a chunk of BLOCK_E channels (the first is to 0, and exact). No term is negative, so the
-    sum is off by no more than the worst term. Chunks are added up in float32, where each takes two roundings; eight
-    more are scale, eps and F, which may be 2 ulp off. F turns a relative error e of x into one of x * e / (eps + x),
-    less than e, or into exp(x * e) - 1. At last the result is rounded to float16.
+    It is computed as ``2 * sum max(q - k, 0) - sum q + sum k``. Each positive difference is rounded to float16, by
+    u = 2**-11 of itself at most; twice their sum is at most 2 * x. In float32 each of the sums takes at most E + 8
+    additions, by tensor cores that cut numbers off after 24 bits, so they are off by (E + 8) * 2**-23 of all that they
+    add up. F, which may be 2 ulp off, has 8 float32 roundings. Then the result is rounded to float16, below its normal
+    numbers by 2**-25.
     """
-    u16, u32 = 2.0**-11, 2.0**-24
-    pairs = variant.parameters["BLOCK_E"] // 2
-    chunks = math.ceil(expected.query.shape[-1] / variant.parameters["BLOCK_E"])
-    error = (1 + u16) ** pairs * (1 + u32) ** (2 * chunks + 8) - 1
-    if expected.options.get("score") == "laplacian":
-        x = reference.l1_scores(expected.query, expected.key, **{**expected.options, "score": "distance"})
-        error = math.expm1(error * x.nan_to_num(0, 0).max().item()) if x.numel() else error
-    else:
-        error = error / (1 - error)
-    return (1 + error) * (1 + u16) - 1
+    query, key, options = expected.query.double(), expected.key.double(), expected.options
+    x = reference.l1_scores(query, key, score="distance")
+    summed = query.abs().sum(-1).unsqueeze(-1) + key.abs().sum(-1).unsqueeze(-2) + 2 * x
+    off = 2 * 2.0**-11 * x + (query.shape[-1] + 8) * 2.0**-23 * summed
+    score, scale, eps = options.get("score", "inverse"), options.get("scale", 1.0), options.get("eps", 1e-3)
+    ends = [reference.FUNCTIONS[score](scale * distance, eps) for distance in ((x - off).clamp(min=0), x + off)]
+    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    rounding = 2.0**-11 + 8 * 2.0**-24
+    low, high = low - low.abs() * rounding - 2.0**-25, high + high.abs() * rounding + 2.0**-25
+    within = (result.double() >= low) & (result.double() <= high)
+    assert within[x.isfinite()].all(), (x[~within], result[~within], low[~within], high[~within])
+    testing.assert_same_special(result, reference.FUNCTIONS[score](scale * x, eps).to(result.dtype))

@@ -164,6 +164,21 @@ def test_attention_emulated_varlen(machine, variant):
         torch.testing.assert_close(a, b)
 
 
+def test_attention_emulated_variant_of_the_forward_alone(machine, tmp_path, monkeypatch):
+    """One's own forward kernel trains with the backward kernels that there are."""
+    text = (registry.packaged_folder() / "attention_forward_gather.cu").read_text()
+    (tmp_path / "attention_forward_mine.cu").write_text(text)
+    monkeypatch.setenv("L1ATTN_KERNELS", str(tmp_path))
+    given = testing_attention.inputs((3, 4), (5, 4), 2, "float32", mask=("added", (5,)))
+    leaves = [x.to(machine.device).requires_grad_() for x in given[:4]]
+    results = []
+    for variant in ("mine", "gather"):
+        out = l1.l1_attention(*leaves, backend=machine.backend, variant=variant)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert_identical(a.cpu(), b.cpu())
+
+
 def test_attention_emulated_unknown_variant(machine):
     x = torch.zeros(3, 4, device=machine.device)
     with pytest.raises(ValueError, match="variant must be None or one of 'gather' for attention_forward, got 'tiled'"):

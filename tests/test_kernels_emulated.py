@@ -299,3 +299,14 @@ def test_scores_backward_same_bits_in_every_order_of_threads(machine, kernel):
     for _ in range(4):
         for result, expected in zip(machine.gradients(kernel, grad, query, key), first, strict=True):
             assert_identical(result, expected)
+
+
+@each("scores_forward")
+def test_scores_forward_gradient_whatever_the_variant(kernel):
+    """The backward takes the variant of the same name, or the default if there is none, as for "half2"."""
+    query, key, grad = testing.inputs(*shapes(kernel, 33), kernel.dtype)
+    query.requires_grad_()
+    scores = l1.l1_scores(query, key, backend="emulator", variant=kernel.variant.name, score="negative")
+    (dquery,) = torch.autograd.grad(scores, query, grad)
+    expected = testing.Expected(query, key, grad, score="negative")
+    expected.assert_gradients(dquery, l1.l1_scores_backward(grad, query.detach(), key, score="negative")[1])

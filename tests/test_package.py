@@ -34,7 +34,17 @@ def test_show_config_prints_what_a_bug_report_needs(capsys):
     for pattern in (r"numpy \d", r"numba \d", "cpu: available", "cuda: .+", "emulator: .+", r"threads: \d"):
         assert re.search(pattern, text), pattern
     assert re.search(r"threading layer: (tbb|omp|workqueue)", text)
-    assert re.search(r"kernel cache: /.* \(writable\)", text)
+    for owner in ("", "cuda ", "emulator "):
+        assert re.search(rf"^  {owner}kernel cache: /.* \(writable\)$", text, re.MULTILINE), owner
+    assert re.search(r"kernels: /.*kernels_cu$", text, re.MULTILINE)
+
+
+def test_show_config_says_which_caches_cannot_be_written(capsys, monkeypatch):
+    monkeypatch.setattr(config.os, "access", lambda *_: False)
+    l1.show_config()
+    text = capsys.readouterr().out
+    for variable in ("NUMBA_CACHE_DIR", "CUPY_CACHE_DIR", "L1ATTN_CACHE_DIR"):
+        assert f"not writable: set {variable}" in text
 
 
 def test_show_config_agrees_with_backends(capsys):

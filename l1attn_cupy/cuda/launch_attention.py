@@ -99,6 +99,9 @@ def _backward(
 
 @functools.lru_cache(maxsize=1024)
 def _mask_gradient(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
+    names = {variant.name for variant in registry.variants("attention_mask_gradient")}
+    if plan.options.variant not in names:  # it is one of the other gradients alone
+        plan = plan._replace(options=plan.options._replace(variant=None))
     variant = _pick("attention_mask_gradient", plan)
     args, known = np.zeros((), _MASK_GRADIENT), dict(specs)
     dmask = known["dmask"]

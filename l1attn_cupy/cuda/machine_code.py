@@ -10,6 +10,7 @@ A *term* is one ``|q - k|`` added to one sum, or one ``sign(q - k)`` used for on
 leaves a mark on each, whatever it unrolls:
 
 - a sum adds an absolute value, which is an operand modifier: ``FADD R1, R1, |R2|``. Packed, it is two terms.
+- or it adds a positive part, always packed: ``HFMA2.RELU R1, R2, -1, R3``.
 - a sign comes from a multiplication that saturates, `half_step` in ``common.cuh``: ``FFMA.SAT``.
 
 `terms_per_step` says from a variant's header alone how many terms a thread must do for each channel (forward) or row of
@@ -205,7 +206,9 @@ class _Nvrtc(Protocol):
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-_FLOATING = re.compile(r"F(ADD|MUL|FMA|SETP|SET|SEL|MNMX|CHK)|H(ADD|MUL|FMA|SETP|SET|MNMX)2|D(ADD|MUL|FMA|SETP)|MUFU")
+_FLOATING = re.compile(
+    r"F(ADD|MUL|FMA|SETP|SET|SEL|MNMX|CHK)|H(ADD|MUL|FMA|SETP|SET|MNMX)2|D(ADD|MUL|FMA|SETP)|MUFU|HMMA"
+)
 _ABSOLUTE = re.compile(r"\|[^|]+\|")
 _SUMS = ("FADD", "DADD", "HADD2", "HFMA2")  # what may add an absolute value; comparisons take one, too
 
@@ -241,8 +244,10 @@ class Instruction(NamedTuple):
     @property
     def terms(self) -> int:
         """How many terms it completes (see the top of this file)."""
-        if self.base in _SUMS and _ABSOLUTE.search(self.operands):
-            return 2 if self.base.endswith("2") else 1
+        if self.base in _SUMS and (absolute := _ABSOLUTE.findall(self.operands)):
+            return len(absolute) * (2 if self.base.endswith("2") else 1)
+        if self.base == "HFMA2" and ".RELU" in self.opcode:
+            return 2
         return int(self.floating_point and ".SAT" in self.opcode)
 
     @property
@@ -390,10 +395,11 @@ def profile(variant: Variant, dtype: str, arch: str = "90") -> Profile:
 def terms_per_step(variant: Variant) -> Fraction:
     """Terms of one thread for each channel of q and k (forward), or each row of the other array (backward).
 
-    From the header: the outputs of a block over its threads. In ``scores_backward`` with ATOMIC=1 a term is for both
-    gradients.
+    From the header: the outputs of a block over its threads, or of a tile, if a block does one after the other. In
+    ``scores_backward`` with ATOMIC=1 a term is for both gradients.
     """
-    sides = {"scores_forward": ("BLOCK_Q", "BLOCK_K"), "scores_backward": ("BLOCK_X", "BLOCK_E")}[variant.op]
+    columns = "TILE_K" if "TILE_K" in variant.parameters else "BLOCK_K"
+    sides = {"scores_forward": ("BLOCK_Q", columns), "scores_backward": ("BLOCK_X", "BLOCK_E")}[variant.op]
     if variant.atomic:
         sides = ("BLOCK_Q", "BLOCK_E")
     return Fraction(_product(variant, sides), variant.parameters["THREADS"])

@@ -420,6 +420,17 @@ class TestVarlen:
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
+    def test_decoding_with_keys_in_parts(self):
+        """One query a sequence against keys of other lengths, which are split among tasks."""
+        query, key = torch.randn(3, 2, 17), torch.randn(6000, 2, 17)
+        ends = [0, 1, 2, 3], [0, 3000, 3010, 6000]
+        out, lse = l1.l1_attention_varlen(query, key, key, *ends, return_lse=True)
+        for n in range(3):
+            rows = slice(ends[1][n], ends[1][n + 1])
+            alone = [x.transpose(0, 1) for x in (query[n : n + 1], key[rows], key[rows])]
+            expected = ExpectedAttention(*alone)
+            expected.assert_results(out[n : n + 1].transpose(0, 1), lse[:, n : n + 1])
+
     @pytest.mark.parametrize("kind", ["numpy", "list", "int64 tensor"])
     def test_lengths_of_every_kind(self, kind):
         arrays, ends = self.packed("float32")

@@ -54,20 +54,15 @@ def attention_forward(
     """Write the result to ``out`` and its log-sum-exp to ``lse``; neither L nor a batch dimension is 0."""
     workers = threads.count(query, terms=_terms(plan))
     given = [0 if array is None else arrays.address(array) for array in (query, key, value, mask)]
-    specs = [plan.seen_by_kernels(name, arrays.describe(array)) for name, array in (("out", out), ("lse", lse))]
-    parts = _parts(plan)
-    if parts == 1:
-        _forward_call(plan, *specs, workers, 1).launch(*given, arrays.address(out), arrays.address(lse))
+    results = arrays.address(out), arrays.address(lse)
+    forward, merge, parts = _forward_calls(plan, arrays.describe(out), arrays.describe(lse), workers)
+    if merge is None:
+        forward.launch(*given, *results)
         return
-    batches = math.prod(plan.batch)
-    part_out = np.empty((parts, batches, plan.length_q, plan.channels_v), plan.lse_dtype)
-    part_lse = np.empty((parts, batches, plan.length_q), plan.lse_dtype)
-    part_specs = [contiguous(spec, (*plan.batch, *spec.shape[-2:])) for spec in specs]
-    call = _forward_call(plan, *part_specs, workers, parts)
-    call.launch(*given, arrays.address(part_out), arrays.address(part_lse))
-    merge = _merge_call(plan, *specs)
-    merge = merge._replace(arguments=(*merge.arguments, part_out, part_lse))
-    merge.launch(arrays.address(out), arrays.address(lse))
+    part_out = np.empty((parts, math.prod(plan.batch), plan.length_q, plan.channels_v), plan.lse_dtype)
+    part_lse = np.empty(part_out.shape[:-1], plan.lse_dtype)
+    forward.launch(*given, arrays.address(part_out), arrays.address(part_lse))
+    merge._replace(arguments=(*merge.arguments, part_out, part_lse)).launch(*results)
 
 
 def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -79,7 +74,7 @@ def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Ma
     delta = np.empty((*plan.batch, plan.length_q, 1), plan.lse_dtype)
     everything = {**given, **wanted, "delta": delta}
     present = {name: array for name, array in everything.items() if array is not None}
-    specs = tuple((name, plan.seen_by_kernels(name, arrays.describe(array))) for name, array in present.items())
+    specs = tuple((name, arrays.describe(array)) for name, array in present.items())
     addresses = {name: arrays.address(array) for name, array in present.items()}
     for names, call in _gradient_calls(plan, specs, workers):
         call.launch(*(addresses.get(name, 0) for name in names))
@@ -91,6 +86,18 @@ def _terms(plan: AttentionPlan) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
+def _forward_calls(
+    plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int
+) -> tuple[_Call, _Call | None, int]:
+    """The call that writes out and lse; or, of each part of the keys, and the one that joins the parts."""
+    own = plan.seen_by_kernels("out", out), plan.seen_by_kernels("lse", lse)
+    parts = _parts(plan)
+    if parts == 1:
+        return _forward_call(plan, *own, workers, 1), None, 1
+    part_out, part_lse = (contiguous(spec, (*plan.batch, *spec.shape[-2:])) for spec in own)
+    return _forward_call(plan, part_out, part_lse, workers, parts), _merge_call(plan, *own), parts
+
+
 def _forward_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int, parts: int) -> _Call:
     """The call that writes out and lse, or those of each part of the keys, which lie one after another."""
     specs = [plan.query, plan.key, plan.value, plan.mask or lse, out, lse]
@@ -112,7 +119,6 @@ def _forward_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: 
     return _Call(kernel, workers, matrices, (*arguments, *_score(plan)))
 
 
-@functools.lru_cache(maxsize=1024)
 def _merge_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec) -> _Call:
     batch, matrices = _lay_out([out, lse], plan.batch, range(len(plan.batch)))
     dtypes = (DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype], ITEMSIZE[plan.lse_dtype])
@@ -124,7 +130,7 @@ def _gradient_calls(
     plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int
 ) -> list[tuple[tuple[str, ...], _Call]]:
     """The calls of a backward pass in their order, each with the names of its arrays."""
-    known = dict(specs)
+    known = {name: plan.seen_by_kernels(name, spec) for name, spec in specs}
     calls = [_delta_call(plan, known, workers)]
     if "dquery" in known:
         calls.append(_rows_call(plan, known, workers, "dquery", ""))

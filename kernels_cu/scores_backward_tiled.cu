@@ -11,7 +11,7 @@
 // largest |h| of the row. So chunks in which two rows are nearly equal, or anything is not finite,
 // go a slower way that is exact in ties and spreads NaN and infinity as the formula does.
 //
-// @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3 rank=20
+// @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3,4 rank=20
 // @variant  op=scores_backward dtypes=f64 BLOCK_X=64 BLOCK_E=32 BLOCK_Y=16 ROWS=4 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2 rank=20
 
 const int ACROSS = BLOCK_E / CHANNELS, DOWN = BLOCK_X / ROWS;  // threads along the channels and the rows of the tile

@@ -11,7 +11,7 @@
 // first sum is at most the distance, so nothing cancels but what the sums of the rows lose. Sums of 16 x 16 such
 // numbers along their rows are a product with a 16 x 8 matrix of zeros that has one column of ones.
 //
-// @variant  op=scores_forward dtypes=f16 BLOCK_Q=128 BLOCK_K=128 BLOCK_E=64 WARP_Q=32 WARP_K=64 THREADS=256 BLOCKS_PER_SM=2 rank=0
+// @variant  op=scores_forward dtypes=f16 BLOCK_Q=128 BLOCK_K=128 BLOCK_E=64 WARP_Q=32 WARP_K=64 THREADS=256 BLOCKS_PER_SM=2 rank=0 f16_differences=1
 
 #if DTYPE != F16
 #error "half2 is for float16"

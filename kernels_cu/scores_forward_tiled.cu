@@ -6,8 +6,8 @@
 // Delta     like scores_forward_gather.cu, but tiles of q and k are reused: 8 x 8 outputs need 4 shared loads of 128
 //           bits per channel for 64 terms of 2 adds. The next chunk is on its way while this one is summed, also the first
 //           one of the next tile, so that a block waits for memory once.
-// @variant  op=scores_forward dtypes=f32 BLOCK_Q=128 BLOCK_K=128 TILE_K=64 BLOCK_E=16 THREADS=128 BLOCKS_PER_SM=4 rank=20
-// @variant  op=scores_forward dtypes=f16,bf16 BLOCK_Q=128 BLOCK_K=128 TILE_K=64 BLOCK_E=16 THREADS=128 BLOCKS_PER_SM=3 rank=20
+// @variant  op=scores_forward dtypes=f32 BLOCK_Q=128 BLOCK_K=128,64,256 TILE_K=64 BLOCK_E=16 THREADS=128 BLOCKS_PER_SM=4,3 rank=20
+// @variant  op=scores_forward dtypes=f16,bf16 BLOCK_Q=128 BLOCK_K=128,64,256 TILE_K=64 BLOCK_E=16 THREADS=128 BLOCKS_PER_SM=3,2 rank=20
 // @variant  op=scores_forward dtypes=f32,f16,bf16 BLOCK_Q=64 BLOCK_K=32 TILE_K=32 BLOCK_E=8 THREADS=128 BLOCKS_PER_SM=4 rank=21 max_q=64
 // @variant  op=scores_forward dtypes=f64 BLOCK_Q=64 BLOCK_K=32 TILE_K=32 BLOCK_E=8 THREADS=128 BLOCKS_PER_SM=4 rank=20
 

@@ -156,7 +156,7 @@ def variants(op: str | None = None) -> list[Any]:
     -------
     list
         One record for each ``@variant`` line, with the attributes ``op``, ``name`` (what ``variant=`` takes), ``path``
-        and ``line`` (where it comes from), ``dtypes``, ``parameters``, ``rank`` and ``limits``.
+        and ``line`` (where it comes from), ``dtypes``, ``parameters``, ``choices``, ``rank`` and ``limits``.
 
     Raises
     ------

@@ -24,6 +24,17 @@ In float64 the naive formula is itself the yardstick, so the bound is the worst 
     score     e = 2 * u * ((E + 3) * a + 3)                  a = max(1, x) for "laplacian", otherwise 1
     gradient      2 * e + 2 * u * (n + 3)                    n terms in each sum of the gradient
 
+A kernel that rounds differences to float16 (``f16_differences=1`` in its header) computes distances as
+``2 * sum max(q - k, 0) - sum q + sum k``. Its error is relative to the worst case of that, and the bound is 1: with
+u16 = 2**-11::
+
+    distance  off = 2 * u16 * x + (E + 8) * 2**-23 * (sum |q| + sum |k| + 2 * x)
+    score     F(x -+ off), then (u16 + 8 * u32) of that, and 2**-25
+
+Each positive difference is rounded once, and twice their sum is at most 2 * x. In float32 each sum takes at most
+E + 8 additions, by tensor cores that cut numbers off after 24 bits. F, which may be 2 ulp off, has 8 roundings; at last
+the result is rounded to float16, whose steps below its normal numbers are 2**-24.
+
 A sum of E differences takes E subtractions, E - 1 additions and a scaling; each term passes through at most
 E + 1 of them. `exp` turns a relative error of e in x into one of x * e. F' depends on the score at most
 squared.
@@ -49,18 +60,34 @@ ORDERS = 4
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
+class Mismatch(NamedTuple):
+    """The first wrong element of a result, and how many there are."""
+
+    name: str
+    place: tuple[int, ...]
+    expected: float
+    got: float
+    wrong: int
+    total: int
+
+    def __str__(self) -> str:
+        element = f"{self.name}[{', '.join(map(str, self.place))}]"
+        return f"{element} must be {self.expected:.7g}, got {self.got:.7g} ({self.wrong} of {self.total} are wrong)"
+
+
 class Agreement(NamedTuple):
     """Largest error of a result and the bound for it, both relative (see the top of this file)."""
 
     error: float
     bound: float
+    wrong: Mismatch | None = None
 
     @property
     def ok(self) -> bool:
         return self.error <= self.bound
 
     def __str__(self) -> str:
-        return f"error {self.error:.2e}, bound {self.bound:.2e}"
+        return f"error {self.error:.2e}, bound {self.bound:.2e}" + (f"; {self.wrong}" if self.wrong else "")
 
 
 def inputs(
@@ -121,15 +148,20 @@ class Expected:
             raise ValueError("gradients can be told only where grad is given")
         return self._grad
 
-    def scores(self, result: Any) -> Agreement:
-        """How far ``result`` is from the scores."""
+    def scores(self, result: Any, f16_differences: bool = False) -> Agreement:
+        """How far ``result`` is from the scores, of which it is told whether differences were rounded to float16."""
         exact, size, bound = self._scores
-        return Agreement(_error("scores", result, exact, size, self.dtype), bound)
+        if f16_differences:
+            size, bound = self._worst_of_f16_differences(exact), 1.0
+        error = _error("scores", result, exact, size, self.dtype)
+        return Agreement(error, bound, first_mismatch("scores", result, exact, size, bound))
 
     def gradients(self, dquery: Any, dkey: Any) -> tuple[Agreement, Agreement]:
         """How far ``dquery`` and ``dkey`` are from the gradients."""
         agreements = [
-            Agreement(_error(name, result, exact, size, self.dtype), bound)
+            Agreement(
+                _error(name, result, exact, size, self.dtype), bound, first_mismatch(name, result, exact, size, bound)
+            )
             for name, result, (exact, size, bound) in zip(
                 ("dquery", "dkey"), (dquery, dkey), self._gradients, strict=True
             )
@@ -213,6 +245,18 @@ class Expected:
             amplified = max(1.0, x.nan_to_num(0, 0).max().item() if x.numel() else 0.0)
         return torch.finfo(torch.float64).eps * ((self.query.shape[-1] + 3) * amplified + 3)
 
+    def _worst_of_f16_differences(self, exact: torch.Tensor) -> torch.Tensor:
+        """The most that each score may be off (see the top of this file)."""
+        query, key = self.query.double(), self.key.double()
+        x = reference.l1_scores(query, key, score="distance")
+        summed = query.abs().sum(-1).unsqueeze(-1) + key.abs().sum(-1).unsqueeze(-2) + 2 * x
+        off = 2 * 2.0**-11 * x + (query.shape[-1] + 8) * 2.0**-23 * summed
+        function = reference.FUNCTIONS[self.options.get("score", "inverse")]
+        scale, eps = self.options.get("scale", 1.0), self.options.get("eps", 1e-3)
+        ends = [function(scale * distance, eps) for distance in ((x - off).clamp(min=0), x + off)]
+        rounding = 2.0**-11 + 8 * 2.0**-24
+        return torch.maximum(*((end - exact).abs() + rounding * end.abs() + 2.0**-25 for end in ends))
+
     def _gradient_bound64(self, like: torch.Tensor) -> float:
         terms = self.grad.numel() / max(1, math.prod(like.shape[:-1]))
         return 2 * self._score_bound64() + torch.finfo(torch.float64).eps * (terms + 3)
@@ -224,6 +268,26 @@ def assert_same_special(result: Any, expected: Any) -> None:
     _expect("result", result, expected.shape, expected.dtype)
     if not _same_special(result, expected):
         raise AssertionError(f"NaN or infinity at other places:\n{result}\nexpected\n{expected}")
+
+
+def first_mismatch(
+    name: str, result: Any, exact: torch.Tensor, size: torch.Tensor | None, bound: float
+) -> Mismatch | None:
+    """The first element, if any, that is off by more than ``bound * size``, or NaN or infinite unlike ``exact``.
+
+    Without ``size`` only NaN and infinities are compared.
+    """
+    tensor = as_tensor(result)
+    rounded = exact.to(tensor.dtype)
+    special = ~(tensor.isfinite() & rounded.isfinite())
+    same = (tensor == rounded) | (tensor.isnan() & rounded.isnan())
+    wrong = special & ~same
+    if size is not None:
+        wrong |= ~special & ((tensor.double() - exact).abs() > bound * size)
+    if not wrong.any():
+        return None
+    first = tuple(int(n) for n in wrong.nonzero()[0])
+    return Mismatch(name, first, exact[first].item(), tensor[first].item(), int(wrong.sum()), tensor.numel())
 
 
 def _raise_unless(name: str, agreement: Agreement) -> None:

@@ -10,7 +10,7 @@ import torch
 from cases import LENGTHS
 
 import l1attn_cupy as l1
-from l1attn_cupy import reference, testing
+from l1attn_cupy import testing
 from l1attn_cupy.cuda import registry
 from l1attn_cupy.cuda.registry import Variant
 
@@ -106,10 +106,8 @@ def problem(
 def assert_scores(machine: Machine, kernel: Kernel, expected: testing.Expected) -> torch.Tensor:
     """Run the kernel on the inputs of ``expected``; returns the scores, which are within their bound."""
     result = machine.scores(kernel, expected.query, expected.key, **expected.options)
-    if kernel.variant.name == "half2":
-        assert_half2(result, expected)
-    else:
-        expected.assert_scores(result)
+    agreement = expected.scores(result, kernel.variant.f16_differences)
+    assert agreement.ok, agreement
     return result
 
 
@@ -119,26 +117,3 @@ def assert_gradients(machine: Machine, kernel: Kernel, expected: testing.Expecte
     for scores in (saved, None):
         gradients = machine.gradients(kernel, expected.grad, expected.query, expected.key, scores, **expected.options)
         expected.assert_gradients(*gradients)
-
-
-def assert_half2(result: torch.Tensor, expected: testing.Expected) -> None:
-    """Between F of the least and of the most that a distance with float16 differences may come to.
-
-    It is computed as ``2 * sum max(q - k, 0) - sum q + sum k``. Each positive difference is rounded to float16, by
-    u = 2**-11 of itself at most; twice their sum is at most 2 * x. In float32 each of the sums takes at most E + 8
-    additions, by tensor cores that cut numbers off after 24 bits, so they are off by (E + 8) * 2**-23 of all that they
-    add up. F, which may be 2 ulp off, has 8 float32 roundings. Then the result is rounded to float16, below its normal
-    numbers by 2**-25.
-    """
-    query, key, options = expected.query.double(), expected.key.double(), expected.options
-    x = reference.l1_scores(query, key, score="distance")
-    summed = query.abs().sum(-1).unsqueeze(-1) + key.abs().sum(-1).unsqueeze(-2) + 2 * x
-    off = 2 * 2.0**-11 * x + (query.shape[-1] + 8) * 2.0**-23 * summed
-    score, scale, eps = options.get("score", "inverse"), options.get("scale", 1.0), options.get("eps", 1e-3)
-    ends = [reference.FUNCTIONS[score](scale * distance, eps) for distance in ((x - off).clamp(min=0), x + off)]
-    low, high = torch.minimum(*ends), torch.maximum(*ends)
-    rounding = 2.0**-11 + 8 * 2.0**-24
-    low, high = low - low.abs() * rounding - 2.0**-25, high + high.abs() * rounding + 2.0**-25
-    within = (result.double() >= low) & (result.double() <= high)
-    assert within[x.isfinite()].all(), (x[~within], result[~within], low[~within], high[~within])
-    testing.assert_same_special(result, reference.FUNCTIONS[score](scale * x, eps).to(result.dtype))

@@ -17,7 +17,7 @@ import numpy as np
 from ..functions import SCORES
 from ..plan import ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
 from ..plan_attention import AttentionPlan
-from . import registry
+from . import devices, registry, tuning
 from .registry import Variant
 
 MAX_BATCH_DIMS = 6
@@ -157,9 +157,11 @@ def _fill_gradient(
     return int(args["kept"]) * tiles * _tiles(plan.channels, variant, "BLOCK_E")
 
 
-def _pick(op: str, plan: Plan) -> Variant:
+def _pick(op: str, plan: Plan | AttentionPlan) -> Variant:
+    """The variant for a call, with the parameters that were tuned for its device."""
     sizes = {"q": plan.length_q, "k": plan.length_k, "e": plan.channels}
-    return registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
+    variant = registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
+    return tuning.tuned(variant, plan.query.dtype, sizes, devices.names(plan.options.backend, plan.query.device))
 
 
 def _fill_batch(args: np.ndarray, batch: Shape, specs: Mapping[str, ArraySpec], order: Iterable[int]) -> None:

@@ -13,8 +13,7 @@ from ..functions import SCORES
 from ..plan import ArraySpec, batch_strides, broadcast_dims, collapse
 from ..plan_attention import AttentionPlan
 from . import registry
-from .launch import _MATRIX, MAX_BATCH_DIMS, Launch, _launch, _offset, _tiles
-from .registry import Variant
+from .launch import _MATRIX, MAX_BATCH_DIMS, Launch, _launch, _offset, _pick, _tiles
 
 NO_MASK, BOOLEAN, ADDITIVE = range(3)
 _MOST = 2**31 - 1
@@ -135,11 +134,6 @@ def _fill_saved(
 def _shared(specs: Mapping[str, ArraySpec], args: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
     """Where the arrays of struct Attention go."""
     return {name: (args, name) for name in _SHARED if name in specs}
-
-
-def _pick(op: str, plan: AttentionPlan) -> Variant:
-    sizes = {"q": plan.length_q, "k": plan.length_k, "e": plan.channels}
-    return registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
 
 
 def _fill_batch(

@@ -81,6 +81,14 @@ def missing() -> str:
     return ""
 
 
+def versions() -> tuple[str, ...]:
+    """Of NVRTC and of each tool; raises `ToolMissing` where there is none."""
+    nvrtc = ".".join(map(str, _nvrtc().getVersion()))
+    for tool in _PACKAGES:
+        _tool(tool)
+    return (nvrtc, *(importlib.metadata.version(package) for package in _PACKAGES.values()))
+
+
 def architectures() -> tuple[str, ...]:
     """The compute capabilities that the installed NVRTC compiles for, such as "75" and "90"."""
     return tuple(str(number) for number in _nvrtc().getSupportedArchs())
@@ -213,6 +221,18 @@ _ABSOLUTE = re.compile(r"\|[^|]+\|")
 _SUMS = ("FADD", "DADD", "HADD2", "HFMA2")  # what may add an absolute value; comparisons take one, too
 
 
+#: Kinds of instructions, and how their opcodes begin; "arithmetic" is `Instruction.floating_point` but for
+#: conversions (from float16 it is an addition of zero).
+KINDS = {
+    "arithmetic": r"(?!)",
+    "shared memory": r"LDS|STS|LDSM|ATOMS",
+    "global memory": r"LDG|STG|LD\b|ST\b|LDGSTS|RED|ATOMG?|LDL|STL|LDC|ULDC",
+    "conversion": r"F2F|F2I|I2F|PRMT|HADD2\.F32",
+    "integer": r"U?(IADD|IMAD|IMNMX|VIMNMX|IABS|LEA|LOP|PLOP|SHF|SHL|SHR|ISETP|SEL|FLO|POPC|BMSK|SGXT|VIADD)",
+    "control": r"BRA|BSSY|BSYNC|BAR|EXIT|WARPSYNC|NOP|SHFL|VOTE|CALL|RET|DEPBAR|BREAK|BRX",
+}
+
+
 class Instruction(NamedTuple):
     """One machine instruction.
 
@@ -240,6 +260,13 @@ class Instruction(NamedTuple):
     def floating_point(self) -> bool:
         """Whether it is floating-point arithmetic, comparison or selection (16-bit and 64-bit included)."""
         return _FLOATING.match(self.opcode) is not None
+
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS` it is, or "other"."""
+        if self.floating_point and not re.match(KINDS["conversion"], self.opcode):
+            return "arithmetic"
+        return next((kind for kind, pattern in KINDS.items() if re.match(pattern, self.opcode)), "other")
 
     @property
     def terms(self) -> int:
@@ -303,6 +330,11 @@ class Loop:
     def floating_point(self) -> int:
         """Floating-point instructions in one turn."""
         return sum(instruction.floating_point for instruction in self.instructions)
+
+    def kinds(self) -> dict[str, int]:
+        """Instructions in one turn by kind; the kinds are those of `KINDS`, then "other"."""
+        counts = Counter(instruction.kind for instruction in self.instructions)
+        return {kind: counts[kind] for kind in (*KINDS, "other") if counts[kind]}
 
     @property
     def floating_point_per_term(self) -> float:
@@ -403,6 +435,22 @@ def terms_per_step(variant: Variant) -> Fraction:
     if variant.atomic:
         sides = ("BLOCK_Q", "BLOCK_E")
     return Fraction(_product(variant, sides), variant.parameters["THREADS"])
+
+
+def budget(variant: Variant) -> float:
+    """The fewest floating-point instructions that a term takes.
+
+    A sum takes a subtraction and an addition of the absolute value; a sign for one gradient a subtraction, a
+    multiplication that saturates, and one that adds; with ATOMIC=1 one more addition serves the second gradient. With
+    ``f16_differences`` one instruction makes the positive parts of two terms, and a tensor core adds up eight.
+    """
+    if variant.op not in BUDGETS:
+        raise ValueError(f"op must be one of {', '.join(BUDGETS)}, got {variant.op!r}")
+    return 1 / 2 + 1 / 8 if variant.f16_differences else BUDGETS[variant.op] + variant.atomic
+
+
+#: For each op the budget of a term for one gradient, or of a score, in float32.
+BUDGETS = {"scores_forward": 2, "scores_backward": 3}
 
 
 def _product(variant: Variant, keys: Iterable[str]) -> int:

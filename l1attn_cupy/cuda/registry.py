@@ -7,11 +7,14 @@ are read again when they change, so the next call uses an edited one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 #: What each op needs from a @variant line to derive its grid (see `launch` and `launch_attention`).
@@ -33,7 +36,11 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Variant:
-    """One ``@variant`` line: a kernel with its parameters, and the dtypes and sizes it is for."""
+    """One ``@variant`` line: a kernel with its parameters, and the dtypes and sizes it is for.
+
+    Where the line lists values for a parameter (``BLOCK_Q=64,128``), ``choices`` has them all and ``parameters`` the
+    first: that is what a call uses, unless a tuning file says otherwise (see `tuning`).
+    """
 
     op: str
     name: str
@@ -43,6 +50,14 @@ class Variant:
     parameters: Mapping[str, int] = field(hash=False)
     rank: int = 0
     limits: Mapping[str, int] = field(default_factory=dict, hash=False)
+    choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    #: Whether differences are rounded to float16; a looser bound holds then.
+    f16_differences: bool = False
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages."""
+        return f"{self.path}:{self.line}"
 
     @property
     def atomic(self) -> bool:
@@ -56,6 +71,14 @@ class Variant:
             for limit, bound in self.limits.items()
         )
         return dtype in self.dtypes and all(within)
+
+    def with_parameters(self, chosen: Mapping[str, int]) -> Variant:
+        """The same with ``chosen`` instead of the first of each list, and nothing left to choose."""
+        return replace(self, parameters={**self.parameters, **chosen}, choices={})
+
+    def combinations(self) -> list[dict[str, int]]:
+        """Every way to choose one value from each list, the defaults first; one empty dict if there are no lists."""
+        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,10 +103,11 @@ def folders() -> list[Path]:
 
 
 def generation() -> int:
-    """A number that changes when any kernel file does, or the folders; what is cached by it is never stale."""
+    """A number that changes when a kernel or tuning file does, or the folders; what is cached by it is never stale."""
     own = os.environ.get("L1ATTN_KERNELS")
     try:
-        state = (own, tuple(_stamps(str(folder)) for folder in _known_folders(own)))
+        stamps = tuple(_stamps(str(folder)) for folder in _known_folders(own))
+        state = (own, os.environ.get("L1ATTN_EMULATOR_DEVICE"), _identity(_only.get()), stamps)
     except FileNotFoundError as error:  # a folder that was there, or a link to nowhere
         _known_folders.cache_clear()
         folders()
@@ -96,15 +120,20 @@ def _known_folders(own: str | None) -> list[Path]:
     return folders()
 
 
-def _stamps(folder: str) -> tuple[int, ...]:
+def _stamps(folder: str) -> tuple:
     """When the folder and each file in it were last changed; a system call for each, this runs on every call."""
     changed = os.stat(folder).st_mtime_ns
-    return changed, *(os.stat(path).st_mtime_ns for path in _files(folder, changed))
+    files, tuning = _files(folder, changed)
+    own = changed, *(os.stat(path).st_mtime_ns for path in files)
+    return (own, _stamps(tuning)) if tuning else own
 
 
 @functools.lru_cache(maxsize=16)
-def _files(folder: str, changed: int) -> list[str]:
-    return sorted(str(path) for path in Path(folder).glob("[!.]*.cu*"))  # not the lock files of editors
+def _files(folder: str, changed: int) -> tuple[list[str], str]:
+    """The kernels or tuning files in it, and its folder of tuning files, if it has one; not the locks of editors."""
+    files = [path for pattern in ("[!.]*.cu*", "[!.]*.json") for path in Path(folder).glob(pattern)]
+    tuning = Path(folder, "tuning")
+    return sorted(map(str, files)), str(tuning) if tuning.is_dir() else ""
 
 
 _generations: dict[tuple, int] = {}
@@ -112,6 +141,23 @@ _generations: dict[tuple, int] = {}
 
 def _generation_of(state: tuple) -> int:
     return _generations.setdefault(state, len(_generations))
+
+
+_only: ContextVar[Variant | None] = ContextVar("_only", default=None)
+
+
+@contextlib.contextmanager
+def only(variant: Variant) -> Iterator[None]:
+    """Within it, calls of the variant's op get ``variant``, whatever files say: for parameters that are being tried."""
+    token = _only.set(replace(variant, choices={}))
+    try:
+        yield
+    finally:
+        _only.reset(token)
+
+
+def _identity(variant: Variant | None) -> tuple | None:
+    return (variant.where, variant.name, *variant.parameters.items()) if variant else None
 
 
 def variants(op: str | None = None) -> list[Variant]:
@@ -127,13 +173,14 @@ def _variants(_generation: int) -> tuple[Variant, ...]:
     for folder in folders():
         for path in sorted(folder.glob("[!.]*.cu")):
             files.setdefault(path.name, path)
-    found = [variant for path in files.values() for variant in _read(path, path.stat().st_mtime_ns)]
+    found = [variant for path in files.values() for variant in read(path)]
     return tuple(sorted(found, key=lambda v: (v.op, -v.rank, v.name, v.line)))
 
 
 def choose(op: str, dtype: str, sizes: Mapping[str, int], name: str | None) -> Variant:
     """The variant ``name``, or the one of highest rank that fits; sizes has the keys q, k and e."""
-    candidates = variants(op)
+    forced = _only.get()
+    candidates = [forced] if forced and forced.op == op else variants(op)
     if name is not None:
         candidates = [v for v in candidates if v.name == name]
         if not candidates:
@@ -149,39 +196,66 @@ def choose(op: str, dtype: str, sizes: Mapping[str, int], name: str | None) -> V
     )
 
 
+def read(path: Path) -> tuple[Variant, ...]:
+    """The variants of one file, wherever it lies."""
+    return _read(path, path.stat().st_mtime_ns)
+
+
 @functools.lru_cache(maxsize=256)
 def _read(path: Path, modified: int) -> tuple[Variant, ...]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise KernelError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
     matches = [(number, match["rest"]) for number, line in enumerate(lines, 1) if (match := _LINE.match(line))]
     if not matches:
         raise KernelError(f"{path}:1: no '// @variant op=... dtypes=... BLOCK_...=... THREADS=...' line")
-    return tuple(_parse(path, number, rest) for number, rest in matches)
+    found: list[Variant] = []
+    for number, rest in matches:
+        variant = _parse(path, number, rest)
+        for other in found:
+            both = [dtype for dtype in variant.dtypes if dtype in other.dtypes]
+            if both and variant.limits == other.limits:
+                raise KernelError(f"{variant.where}: line {other.line} is already for {both[0]} and these sizes")
+        found.append(variant)
+    return tuple(found)
 
 
 def _parse(path: Path, number: int, text: str) -> Variant:
     where = f"{path}:{number}"
-    words = dict(_split(where, word) for word in text.split())
+    words: dict[str, str] = {}
+    for key, value in (_split(where, word) for word in text.split()):
+        if key in words:
+            raise KernelError(f"{where}: {key} is given twice")
+        words[key] = value
     op, dtypes = words.pop("op", None), words.pop("dtypes", None)
     if op not in OPS:
         raise KernelError(f"{where}: op must be one of {', '.join(OPS)}, got {op}")
     if not path.stem.startswith(f"{op}_"):
         raise KernelError(f"{where}: the file of a variant of {op} must be named {op}_NAME.cu, got {path.name}")
     kinds = (dtypes or "").split(",")
+    if len(set(kinds)) < len(kinds):
+        raise KernelError(f"{where}: dtypes lists one twice, got {dtypes}")
     if not set(kinds) <= set(DTYPES):
         raise KernelError(f"{where}: dtypes must be a list from {','.join(DTYPES)}, got {dtypes}")
-    numbers = {key: _number(where, key, value) for key, value in words.items()}
+    choices = {key: _numbers(where, key, value) for key, value in words.items() if key.isupper() and "," in value}
+    numbers = {key: choices[key][0] if key in choices else _number(where, key, value) for key, value in words.items()}
     limits = {key: numbers.pop(key) for key in _LIMITS if key in numbers}
-    rank = numbers.pop("rank", 0)
+    rank, rounds = numbers.pop("rank", 0), numbers.pop("f16_differences", 0)
+    if rounds not in (0, 1):
+        raise KernelError(f"{where}: f16_differences must be 0 or 1, got {rounds}")
     unknown = [key for key in numbers if not re.fullmatch(r"[A-Z][A-Z0-9_]*", key)]
     if unknown:
         raise KernelError(
-            f"{where}: unknown key {unknown[0]}; known are op, dtypes, rank, {', '.join(_LIMITS)} and parameters in "
-            "upper case"
+            f"{where}: unknown key {unknown[0]}; known are op, dtypes, rank, {', '.join(_LIMITS)}, f16_differences and "
+            "parameters in upper case"
         )
     if not any(required <= numbers.keys() for required in OPS[op]):
         raise KernelError(f"{where}: {op} needs {' or '.join(str(sorted(r)) for r in OPS[op])}, got {sorted(numbers)}")
     name = path.stem.removeprefix(f"{op}_")
-    return Variant(op, name, path, number, tuple(DTYPES[kind] for kind in kinds), numbers, rank, limits)
+    dtypes_of = tuple(DTYPES[kind] for kind in kinds)
+    return Variant(op, name, path, number, dtypes_of, numbers, rank, limits, choices, rounds == 1)
 
 
 def _split(where: str, word: str) -> tuple[str, str]:
@@ -197,8 +271,19 @@ def _number(where: str, key: str, value: str) -> int:
     return int(value)
 
 
+def _numbers(where: str, key: str, value: str) -> tuple[int, ...]:
+    """A list of values to choose from, such as ``64,128``."""
+    found = tuple(_number(where, key, part) for part in value.split(","))
+    if len(set(found)) < len(found):
+        raise KernelError(f"{where}: {key} lists a value twice, got {value}")
+    return found
+
+
 def source(variant: Variant) -> str:
     """What is compiled: common.cuh and the file, each counting its own lines."""
-    common = next(folder / "common.cuh" for folder in folders() if (folder / "common.cuh").is_file())
+    places = folders()
+    if variant.path.parent not in places:  # a file that is tried where it lies
+        places.insert(0, variant.path.parent)
+    common = next(folder / "common.cuh" for folder in places if (folder / "common.cuh").is_file())
     parts = ((common, common.name), (variant.path, str(variant.path)))
     return "".join(f'#line 1 "{name}"\n{path.read_text(encoding="utf-8")}\n' for path, name in parts)

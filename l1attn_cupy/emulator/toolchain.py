@@ -175,21 +175,21 @@ def _package_folders(package: str) -> list[Path]:
     return []
 
 
-def cache_dir() -> Path:
+def cache_dir(part: str = "emulator") -> Path:
     """Where compiled kernels are kept: L1ATTN_CACHE_DIR, else ~/.cache; a temporary folder if not writable."""
     asked = os.environ.get("L1ATTN_CACHE_DIR")
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
         home = Path(asked) if asked else Path.home() / ".cache" / "l1attn_cupy"
-        folder = home / "emulator"
+        folder = home / part
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
-    return _temporary_cache()
+    return _temporary_cache(part)
 
 
-@functools.lru_cache(maxsize=1)
-def _temporary_cache() -> Path:
-    return Path(tempfile.mkdtemp(prefix="l1attn-emulator-"))
+@functools.lru_cache(maxsize=4)
+def _temporary_cache(part: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"l1attn-{part}-"))
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ import torch
 from benchlib.cases import TERMS_PER_PASS, Case
 from benchlib.peers import OURS, Peer
 from benchlib.verify import Oracle
+from l1attn_cupy.lab import gpu
 
 SHORTEST_SAMPLE_S = 0.003
 FEWEST_ROUNDS = 3
@@ -46,32 +47,16 @@ class CpuClock:
         return Elapsed(end.wall - start.wall, end.core - start.core)
 
 
-class CudaClock:
-    """CUDA events on the current stream; the L2 cache is overwritten before every call.
-
-    The overwriting also keeps the GPU busy while the host queues the call, so that host time stays out.
-    """
+class CudaClock(gpu.CudaClock):
+    """CUDA events, in the form in which a contest uses a clock."""
 
     most_calls = 1
-
-    def __init__(self) -> None:
-        l2_bytes = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
-        self.scratch = torch.empty(max(8 * l2_bytes, 512 << 20), dtype=torch.uint8, device="cuda")
 
     def before_sample(self) -> None:
         torch.cuda.synchronize()
 
-    def before_call(self) -> None:
-        self.scratch.zero_()
-
-    def stamp(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def between(self, start: Any, end: Any) -> Elapsed:
-        end.synchronize()
-        return Elapsed(float(start.elapsed_time(end)) * 1e-3)
+        return Elapsed(self.seconds(start, end))
 
 
 @dataclass

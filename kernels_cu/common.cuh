@@ -61,6 +61,42 @@ struct ScoresBackward {
     double scale, eps;
 };
 
+struct Attention {  // what forward and backward share
+    Matrix q, k, v;                   // (B, L, E), (B, S, E), (B, S, V)
+    Matrix mask, lse;                 // (B, L, S); (B, L) in acc_t
+    int64 mask_column;                // stride along S; rows of a mask need not be contiguous
+    int batch_shape[MAX_BATCH_DIMS];  // in the backward pass, dimensions to sum over come last
+    int length_q, length_k, channels, channels_v;
+    int score;
+    int mask_kind;                    // NO_MASK, BOOLEAN (bytes, 1 is to attend) or ADDITIVE (scalar_t)
+    int left, right;                  // keys before and after its own place that a query attends to; -1: no limit
+    double scale, eps;
+};
+
+struct AttentionForward {
+    Attention a;
+    Matrix out;  // (B, L, V)
+};
+
+struct AttentionSaved {  // what the backward pass starts from
+    Attention a;
+    Matrix out, grad, grad_lse;  // (B, L, V) twice; (B, L) in acc_t, its address may be 0
+    int kept, summed;            // matrices of a gradient, and batch entries that are summed into each
+};
+
+struct AttentionBackward {  // the gradient of q, or those of k and v: an address of 0 is one that is not wanted
+    AttentionSaved s;
+    Matrix dx, dxv;  // of q; of k and v
+    int of_key, unused;
+};
+
+struct AttentionMaskGradient {
+    AttentionSaved s;
+    Matrix dmask;
+    int64 dmask_column;
+    int one_row, one_column;  // whether all queries share a row of the mask, all keys a column
+};
+
 // Offset of the matrix of batch entry `index`, and its address. One batch dimension takes no division.
 __device__ __forceinline__ int64 offset(const Matrix &m, const int *batch_shape, unsigned index) {
     int64 sum = 0;
@@ -177,6 +213,85 @@ struct Derivative {
     }
     __device__ __forceinline__ acc_t operator()(acc_t s) const { return curved ? multiply_add(a, s, b) * s : b; }
 };
+
+// ---- attention ------------------------------------------------------------------------------------------------
+
+#define NO_MASK 0
+#define BOOLEAN 1
+#define ADDITIVE 2
+
+__device__ __forceinline__ acc_t infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
+
+__device__ __forceinline__ acc_t warp_sum(acc_t x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+    return x;
+}
+__device__ __forceinline__ acc_t warp_max(acc_t x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, step));
+    return x;
+}
+
+// Distance of two rows, the same number in all lanes of a warp.
+__device__ __forceinline__ acc_t warp_distance(const scalar_t *q, const scalar_t *k, int channels, int lane) {
+    acc_t sum = 0;
+    for (int e = lane; e < channels; e += 32) sum += absolute(to_acc(q[e]) - to_acc(k[e]));
+    return warp_sum(sum);
+}
+__device__ __forceinline__ acc_t score_of(acc_t distance, const Attention &a) {
+    acc_t result[1] = {distance};
+    apply_score(result, a.score, (acc_t)a.scale, (acc_t)a.eps);
+    return result[0];
+}
+
+// Matrix of numbers of the accumulation type of batch entry `index`.
+__device__ __forceinline__ acc_t *accumulated(const Matrix &m, const int *batch_shape, int index) {
+    return (acc_t *)m.data + offset(m, batch_shape, index);
+}
+
+// The score of query i and key j with the mask added; -inf, whatever the score is, where the mask says so.
+__device__ __forceinline__ acc_t masked(const Attention &a, int b, int i, int j, acc_t score) {
+    if (a.mask_kind == NO_MASK) return score;
+    const int64 place = offset(a.mask, a.batch_shape, b) + i * a.mask.row_stride + j * a.mask_column;
+    if (a.mask_kind == BOOLEAN) return ((const unsigned char *)a.mask.data)[place] ? score : -infinity();
+    const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
+    return added == -infinity() ? added : score + added;
+}
+
+// The keys of query i, and the queries of key j, that window and causality leave: from the first up to the end.
+__device__ __forceinline__ int first_key(const Attention &a, int i) { return a.left < 0 ? 0 : max(0, i - a.left); }
+__device__ __forceinline__ int end_of_keys(const Attention &a, int i) {
+    return a.right < 0 || a.right >= a.length_k - i ? a.length_k : max(0, i + a.right + 1);
+}
+__device__ __forceinline__ int first_query(const Attention &a, int j) { return a.right < 0 ? 0 : max(0, j - a.right); }
+__device__ __forceinline__ int end_of_queries(const Attention &a, int j) {
+    return a.left < 0 || a.left >= a.length_q - j ? a.length_q : j + a.left + 1;
+}
+
+// ds of query i and key j, by a warp; `weight` becomes p, `score` the score without the mask.
+__device__ __forceinline__ acc_t score_gradient(const AttentionSaved &p, int b, int i, int j, int lane,
+                                                acc_t &weight, acc_t &score) {
+    const Attention &a = p.a;
+    const scalar_t *q = matrix(a.q, a.batch_shape, b) + i * a.q.row_stride;
+    const scalar_t *k = matrix(a.k, a.batch_shape, b) + j * a.k.row_stride;
+    const scalar_t *v = matrix(a.v, a.batch_shape, b) + j * a.v.row_stride;
+    const scalar_t *grad = matrix(p.grad, a.batch_shape, b) + i * p.grad.row_stride;
+    const scalar_t *out = matrix(p.out, a.batch_shape, b) + i * p.out.row_stride;
+    score = score_of(warp_distance(q, k, a.channels, lane), a);
+    acc_t product = 0, delta = 0;
+    for (int c = lane; c < a.channels_v; c += 32) {
+        product += to_acc(grad[c]) * to_acc(v[c]);
+        delta += to_acc(grad[c]) * to_acc(out[c]);
+    }
+    product = warp_sum(product), delta = warp_sum(delta);
+    if (p.grad_lse.data) delta -= accumulated(p.grad_lse, a.batch_shape, b)[i * p.grad_lse.row_stride];
+    const acc_t lse = accumulated(a.lse, a.batch_shape, b)[i * a.lse.row_stride];
+    weight = lse == -infinity() ? 0 : exponential(masked(a, b, i, j, score) - lse);
+    return weight == 0 ? 0 : weight * (product - delta);  // what is masked may be NaN
+}
 
 // ---- 128-bit loads --------------------------------------------------------------------------------------------
 

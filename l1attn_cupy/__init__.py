@@ -9,6 +9,15 @@ Importing this package imports NumPy alone; Numba, torch and CuPy follow when a 
 """
 
 from .api import l1_scores, l1_scores_backward, show_config, variants
+from .attention import l1_attention, l1_attention_backward, l1_attention_varlen
 
-__all__ = ["l1_scores", "l1_scores_backward", "show_config", "variants"]
+__all__ = [
+    "l1_attention",
+    "l1_attention_backward",
+    "l1_attention_varlen",
+    "l1_scores",
+    "l1_scores_backward",
+    "show_config",
+    "variants",
+]
 __version__ = "0.1.0"

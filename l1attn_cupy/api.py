@@ -149,7 +149,8 @@ def variants(op: str | None = None) -> list[Any]:
     Parameters
     ----------
     op : str, optional
-        "scores_forward" or "scores_backward"; by default both.
+        "scores_forward", "scores_backward", "attention_forward", "attention_backward" or
+        "attention_mask_gradient"; by default all.
 
     Returns
     -------

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import sys
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,12 @@ def address(array: Any) -> int:
     return array.data_ptr() if is_torch(array) else array.data.ptr
 
 
-def empty(shape: Shape, like: Any) -> Any:
-    """A new array of the library, dtype and device of ``like``."""
+def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:
+    """A new array of the library and device of ``like``, and of its dtype or the one named."""
     if is_torch(like):
-        return like.new_empty(shape)
+        return like.new_empty(shape, dtype=None if dtype is None else getattr(sys.modules["torch"], dtype))
     with _device_of(like):
-        return _namespace(like).empty(shape, like.dtype)
+        return _namespace(like).empty(shape, dtype or like.dtype)
 
 
 def zeros(shape: Shape, like: Any) -> Any:
@@ -147,6 +148,15 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
     if spec.strides[-1] == 1 or spec.shape[-1] <= 1:
         return array
     return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)
+
+
+def integers(name: str, numbers: Any) -> list[int]:
+    """A tensor, array or sequence of integers, as Python's own."""
+    listed = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    whole = isinstance(listed, (list, tuple)) and all(isinstance(n, Integral) for n in listed)
+    if not whole:
+        raise TypeError(f"{name} must be one-dimensional and of integers, got {numbers!r}")
+    return [int(n) for n in listed]
 
 
 def _device_of(array: Any) -> contextlib.AbstractContextManager:

@@ -104,13 +104,13 @@ class _Scores(torch.autograd.Function):
         return dquery if need_query else None, dkey if need_key else None, None
 
 
-def _of_backward(options: tuple) -> tuple:
+def _of_backward(options: tuple, op: str = "scores_backward") -> tuple:
     """The options of the forward, without a variant that only the forward has."""
     *shared, variant = options
     if variant is not None:
         from .cuda import registry
 
-        if variant not in {known.name for known in registry.variants("scores_backward")}:
+        if variant not in {known.name for known in registry.variants(op)}:
             variant = None
     return *shared, variant
 

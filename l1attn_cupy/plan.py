@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .functions import SCORES
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BACKENDS = ("cpu", "cuda", "emulator")
 
 #: Range of the normal float32 numbers.
@@ -94,16 +94,12 @@ def cached_scores(
     """`scores` for options that have passed `option_types`."""
     check_array("query", query)
     check_array("key", key)
-    _check_same("framework", "come from the same library as query", query, key)
-    _check_same("dtype", "have query's dtype", query, key)
-    _check_same("device", "be on query's device", query, key)
+    check_same("framework", "come from the same library as query", query, key)
+    check_same("dtype", "have query's dtype", query, key)
+    check_same("device", "be on query's device", query, key)
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}")
-    for name, value in (("scale", scale), ("eps", eps)):
-        if query.dtype != "float64" and not _SMALLEST <= value <= _LARGEST:
-            raise ValueError(
-                f"{name} must be from {_SMALLEST} to {_LARGEST}, as float32 is used for {query.dtype}, got {value!r}"
-            )
+    check_range(query.dtype, scale, eps)
     options = check_options(score, scale, eps, backend, variant, query.device)
     return Plan(query, key, _broadcast(query.shape, key.shape), options)
 
@@ -119,22 +115,36 @@ def scores_backward(plan: Plan, grad_scores: ArraySpec, saved: ArraySpec | None)
                 f"{name} must have the shape {plan.out_shape} of the scores of query {plan.query.shape} "
                 f"and key {plan.key.shape}, got {spec.shape}"
             )
-        _check_same("framework", "come from the same library as query", plan.query, spec, name)
-        _check_same("dtype", "have query's dtype", plan.query, spec, name)
-        _check_same("device", "be on query's device", plan.query, spec, name)
+        check_same("framework", "come from the same library as query", plan.query, spec, name)
+        check_same("dtype", "have query's dtype", plan.query, spec, name)
+        check_same("device", "be on query's device", plan.query, spec, name)
+
+
+def check_range(dtype: str, scale: float, eps: float) -> None:
+    """Raise unless scale and eps are normal numbers of the dtype of accumulation."""
+    for name, value in (("scale", scale), ("eps", eps)):
+        if dtype != "float64" and not _SMALLEST <= value <= _LARGEST:
+            raise ValueError(
+                f"{name} must be from {_SMALLEST} to {_LARGEST}, as float32 is used for {dtype}, got {value!r}"
+            )
+
+
+def check_dense(name: str, spec: ArraySpec) -> None:
+    """Raise unless ``spec`` is a dense array with data."""
+    if spec.layout != "strided":
+        convert = {"masked": "filled(value)", "nested": "to_padded_tensor(value)"}.get(spec.layout, "to_dense()")
+        raise TypeError(f"{name} must be a dense array, got a {spec.layout} one; convert it first with {convert}")
+    if spec.device == "meta":
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
 
 
 def check_array(name: str, spec: ArraySpec) -> None:
     """Raise unless ``spec`` is a dense floating-point array of at least two dimensions, with data."""
-    if spec.layout != "strided":
-        convert = {"masked": "filled(value)", "nested": "to_padded_tensor(value)"}.get(spec.layout, "to_dense()")
-        raise TypeError(f"{name} must be a dense array, got a {spec.layout} one; convert it first with {convert}")
+    check_dense(name, spec)
     if spec.dtype not in DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {spec.dtype}")
     if len(spec.shape) < 2:
         raise ValueError(f"{name} must have at least 2 dimensions (..., length, head_dim), got {spec.shape}")
-    if spec.device == "meta":
-        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
 
 
 def check_options(
@@ -182,7 +192,7 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def _check_same(field: str, requirement: str, query: ArraySpec, other: ArraySpec, name: str = "key") -> None:
+def check_same(field: str, requirement: str, query: ArraySpec, other: ArraySpec, name: str = "key") -> None:
     wanted, got = getattr(query, field), getattr(other, field)
     if wanted != got:
         error = TypeError if field in ("dtype", "framework") else ValueError
@@ -191,14 +201,20 @@ def _check_same(field: str, requirement: str, query: ArraySpec, other: ArraySpec
 
 def _broadcast(query: Shape, key: Shape) -> Shape:
     """Broadcast batch dimensions, as in `torch.matmul`."""
-    a, b = query[:-2], key[:-2]
+    try:
+        return broadcast_shapes(query[:-2], key[:-2])
+    except ValueError:
+        raise ValueError(
+            f"key must have batch dimensions that broadcast with {query[:-2]} to match query {query}, got {key}"
+        ) from None
+
+
+def broadcast_shapes(a: Shape, b: Shape) -> Shape:
+    """The shape to which both broadcast; ValueError if there is none."""
     n = max(len(a), len(b))
     pairs = list(zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b, strict=True))
-    for x, y in pairs:
-        if x != y and 1 not in (x, y):
-            raise ValueError(
-                f"key must have batch dimensions that broadcast with {a} to match query {query}, got {key}"
-            )
+    if any(x != y and 1 not in (x, y) for x, y in pairs):
+        raise ValueError(f"{a} and {b} do not broadcast")
     return tuple(y if x == 1 else x for x, y in pairs)
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Speed, memory and start-up of L1 scores, beside other ways to compute them and the machine's own limit.
 
-    python scripts/bench.py                                everything on the CPU, about six minutes
+    python scripts/bench.py                                everything on the CPU, about ten minutes
     python scripts/bench.py --quick                        about one
     python scripts/bench.py --only forward --shapes main   one figure
+    python scripts/bench.py --only attention               fused attention: time, causality, memory
     python scripts/bench.py --huge-pages                   without most page faults of new results
     python scripts/bench.py --device cuda --json gpu.json  on a GPU
 
@@ -27,6 +28,7 @@ except ImportError as error:
     raise SystemExit(f"{error}; the benchmark needs pip install 'l1attn_cupy[bench]'") from error
 
 from benchlib import footprint, report
+from benchlib.attention import attention
 from benchlib.cases import ITEMSIZE
 from benchlib.limits import Limits
 from benchlib.peers import OURS, PEERS
@@ -83,7 +85,12 @@ def main() -> int:
         print(f"\n{text}", flush=True)
         result["rows"] = [row.as_dict() for row in rows]
         failed = any(row.peer == OURS and row.median is None for row in rows)
-    parts = {"memory": footprint.memory, "overhead": footprint.overhead, "startup": footprint.startup}
+    parts = {
+        "attention": attention,
+        "memory": footprint.memory,
+        "overhead": footprint.overhead,
+        "startup": footprint.startup,
+    }
     result |= {name: part(settings) for name, part in parts.items() if name in settings.only}
     result |= {"neighbours": neighbours.describe(), "seconds": round(time.perf_counter() - begin, 1)}
     print(f"\n{result['neighbours']}; the whole run took {result['seconds']:.0f} s")

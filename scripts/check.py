@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check L1 scores and their gradients against the naive formula in float64 with autograd.
+"""Check L1 scores, fused attention and their gradients against the naive formula in float64 with autograd.
 
 Every backend that can be used here, every score, every dtype, on random inputs and on tied ones: many
 channels in which query and key are equal, and rows that are equal altogether. Prints a table; exit status 1
@@ -12,11 +12,12 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 import l1attn_cupy as l1
-from l1attn_cupy import config, testing
+from l1attn_cupy import config, testing, testing_attention
 from l1attn_cupy.functions import SCORES
 
 # Shapes of query and key: work for more than one thread, broadcasting, more channels than one block.
@@ -24,6 +25,21 @@ SHAPES = [
     ((65, 65), (65, 65)),
     ((2, 1, 17, 33), (3, 19, 33)),
     ((1, 257), (2, 257)),
+]
+
+SHARED = {"enable_gqa": True}
+
+# Shapes of query and key, channels of value, mask and options of attention.
+ATTENTION: list[tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any], dict[str, Any]]] = [
+    ((2, 65, 33), (2, 97, 33), 17, {}, {}),
+    ((4, 33, 17), (2, 70, 17), 33, {"mask": ("added", (33, 70)), **SHARED}, {"window": (20, -1), **SHARED}),
+    ((129, 65), (129, 65), 65, {"mask": ("bool", (129,))}, {"is_causal": True}),
+    ((1, 17), (1500, 17), 16, {}, {}),
+]
+
+# For the emulator, which runs thread by thread.
+SMALL: list[tuple[tuple[int, ...], tuple[int, ...], int, dict[str, Any], dict[str, Any]]] = [
+    ((4, 5, 17), (2, 70, 17), 9, {"mask": ("added", (5, 70)), **SHARED}, {"window": (20, -1), **SHARED}),
 ]
 
 HEADER = f"""\
@@ -34,6 +50,17 @@ tied    a fifth of all channels are equal in query and key, and some rows equal 
 
 backend   score      dtype     inputs     scores error    bound    gradients error    bound
 """
+
+ATTENTION_HEADER = f"""
+Attention: with masks, causality, a window, shared heads, and one query against many keys.
+bound   {testing_attention.FORWARD_MULTIPLE} x (results) or {testing_attention.BACKWARD_MULTIPLE} x (gradients) the \
+error of the naive formula in float32 (l1attn_cupy/testing_attention.py)
+
+backend   score      dtype     inputs    results error    bound    gradients error    bound
+"""
+
+
+_Compare = Callable[[config.Backend, str, str, bool], tuple[testing.Agreement, testing.Agreement]]
 
 
 def main() -> int:
@@ -49,7 +76,14 @@ def main() -> int:
             print(f"{backend.name:9} not checked: {backend.missing}")
             continue
         for score, dtype, ties in itertools.product(SCORES, testing.DTYPES, (False, True)):
-            bad += not _print_row(backend, score, dtype, ties)
+            bad += not _print_row(_compare, backend, score, dtype, ties)
+    print(ATTENTION_HEADER, end="")
+    for backend in chosen:
+        if backend.missing:
+            print(f"{backend.name:9} not checked: {backend.missing}")
+            continue
+        for score, dtype, ties in itertools.product(SCORES, testing.DTYPES, (False, True)):
+            bad += not _print_row(_compare_attention, backend, score, dtype, ties)
     print(f"\n{bad} NOT OK" if bad else "\nAll ok.")
     return 1 if bad else 0
 
@@ -65,11 +99,11 @@ def _chosen(names: Sequence[str] | None, parser: argparse.ArgumentParser) -> lis
     return [known[name] for name in names or known]
 
 
-def _print_row(backend: config.Backend, score: str, dtype: str, ties: bool) -> bool:
+def _print_row(compare: _Compare, backend: config.Backend, score: str, dtype: str, ties: bool) -> bool:
     """Check one combination and print its line; returns whether it is ok."""
     print(f"{backend.name:9} {score:10} {dtype:9} {'tied' if ties else 'random':8}", end=" ", flush=True)
     try:
-        forward, backward = _compare(backend, score, dtype, ties)
+        forward, backward = compare(backend, score, dtype, ties)
     except Exception as error:  # one that fails must not hide the others
         print(f"NOT OK: {type(error).__name__}: {error}")
         return False
@@ -95,6 +129,27 @@ def _compare(
         forward.append(expected.scores(scores.cpu()))
         for dquery, dkey in (saved, anew):
             backward += expected.gradients(dquery.cpu(), dkey.cpu())
+    return max(forward, key=_closeness), max(backward, key=_closeness)
+
+
+def _compare_attention(
+    backend: config.Backend, score: str, dtype: str, ties: bool
+) -> tuple[testing.Agreement, testing.Agreement]:
+    """The worst of `ATTENTION`: out and lse, and the gradients by autograd."""
+    forward: list[testing.Agreement] = []
+    backward: list[testing.Agreement] = []
+    for query_shape, key_shape, channels_v, masks, places in SMALL if backend.name == "emulator" else ATTENTION:
+        given = testing_attention.inputs(query_shape, key_shape, channels_v, dtype, ties=ties, **masks)
+        options = {"score": score, "scale": query_shape[-1] ** -0.5, **places}
+        leaves = [None if x is None else x.to(backend.device) for x in given[:4]]
+        tracked = [x.requires_grad_() for x in leaves if x is not None and x.is_floating_point()]
+        call: Callable[..., tuple[torch.Tensor, torch.Tensor]] = l1.l1_attention
+        out, lse = call(*leaves, backend=backend.name, return_lse=True, **options)
+        grads = [x.to(backend.device) for x in (given.grad_out, given.grad_lse)]
+        gradients = torch.autograd.grad([out, lse], tracked, grads)
+        expected = testing_attention.ExpectedAttention(*given, **options)
+        forward += expected.results(out.cpu(), lse.cpu())
+        backward += expected.gradients(*(gradient.cpu() for gradient in gradients))
     return max(forward, key=_closeness), max(backward, key=_closeness)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import l1attn_cupy as l1
-from l1attn_cupy import testing
+from l1attn_cupy import testing, testing_attention
 from l1attn_cupy.cuda import registry
 from l1attn_cupy.cuda.registry import Variant
 from l1attn_cupy.emulator.engine import EmulatorError
@@ -35,6 +35,7 @@ SEEDS = 3
 # Two blocks and more in each direction, and several chunks of channels and of rows within a block.
 LENGTHS_Q = (129, 33)  # the second for variants that take only few queries
 LENGTH_K, CHANNELS = 97, 65
+ATTENTION_LENGTH_Q, CHANNELS_V = 9, 70
 
 _BARRIER = re.compile(r"\b__syncthreads(?:_and|_or|_count)?\s*\(")
 
@@ -87,6 +88,8 @@ def outcomes(mutant: Mutant, folder: str, check: bool) -> list[str]:
 
 
 def _outcome(variant: Variant, seeds: int) -> str:
+    if variant.op.startswith("attention"):
+        return _attention_outcome(variant, seeds)
     length_q = next(n for n in LENGTHS_Q if _comes_to(variant, n))
     dtype = variant.dtypes[0]
     query, key, grad = testing.inputs((length_q, CHANNELS), (LENGTH_K, CHANNELS), dtype)
@@ -101,6 +104,30 @@ def _outcome(variant: Variant, seeds: int) -> str:
             else:
                 gradients = l1.l1_scores_backward(grad, query, key, backend="emulator", variant=variant.name, **options)
                 wrong += max(agreement.error for agreement in expected.gradients(*gradients)) > 0.05
+        except EmulatorError as error:
+            return _kind(str(error))
+    return f"wrong in {wrong} of {seeds}" if wrong else ""
+
+
+def _attention_outcome(variant: Variant, seeds: int) -> str:
+    shapes, mask_of = ((ATTENTION_LENGTH_Q, CHANNELS), (LENGTH_K, CHANNELS)), ("added", (LENGTH_K,))
+    given = testing_attention.inputs(*shapes, CHANNELS_V, variant.dtypes[0], mask=mask_of)
+    query, key, value, mask, grad, grad_lse = given
+    call: dict[str, Any] = {"score": "negative", "scale": 0.1}
+    expected = testing_attention.ExpectedAttention(*given, **call)
+    out, lse = l1.l1_attention(query, key, value, mask, return_lse=True, **call)
+    own: dict[str, Any] = {"backend": "emulator", "variant": variant.name, **call}
+    wrong = 0
+    for _ in range(seeds):
+        try:
+            if variant.op == "attention_forward":
+                found = expected.results(*l1.l1_attention(query, key, value, mask, return_lse=True, **own))
+            else:
+                gradients = l1.l1_attention_backward(
+                    grad, query, key, value, out, lse, mask, grad_lse=grad_lse, return_dmask=True, **own
+                )
+                found = expected.gradients(*gradients)
+            wrong += max(agreement.error for agreement in found) > 0.05
         except EmulatorError as error:
             return _kind(str(error))
     return f"wrong in {wrong} of {seeds}" if wrong else ""

@@ -23,8 +23,12 @@ def main() -> None:
             )
             if variant.op == "scores_forward":
                 l1.l1_scores(query, key, variant=variant.name)
-            else:
+            elif variant.op == "scores_backward":
                 l1.l1_scores_backward(grad, query, key, variant=variant.name)
+            else:  # all ops of attention have the same names
+                mask, own = grad, {"variant": variant.name}
+                out, lse = l1.l1_attention(query, key, key, mask, return_lse=True, **own)
+                l1.l1_attention_backward(query, query, key, key, out, lse, mask, return_dmask=True, **own)
             launches += 1
     cupy.cuda.Device().synchronize()
     print(f"{launches} calls")

@@ -146,10 +146,10 @@ def test_new_copies_every_variant(capsys, folder, file):
             r"NAME must be new: .*scores_forward_tiled\.cu:\d+ is the variant",
         ),
         (["Big", "--from", "scores_forward_gather"], "NAME must be lower-case letters, digits and _"),
-        (["mine", "--from", "nothing"], "--from must be one of scores_backward_tiled, .*, got nothing"),
+        (["mine", "--from", "nothing"], "--from must be one of .*, scores_backward_tiled, .*, got nothing"),
         (
             ["mine", "--from", "gather"],
-            "gather is a variant of several ops: say scores_backward_gather or scores_forward_g",
+            "gather is a variant of several ops: say .*scores_backward_gather or scores_forward_g",
         ),
     ],
 )
@@ -190,10 +190,8 @@ def test_list_has_every_variant(capsys, folder):
         resources = machine_code.assemble(machine_code.compile_ptx(variant, variant.dtypes[0]))[1]
         words = row.split()
         chosen = " ".join(f"{key}={value}" for key, value in variant.parameters.items() if key not in variant.choices)
-        below = next(
-            line for line in text.splitlines() if re.match(rf"{variant.name}:{variant.line} +{chosen[:9]}", line)
-        )
-        assert set(chosen.split()) <= set(below.split())
+        below = [line for line in text.splitlines() if re.match(rf"{variant.name}:{variant.line} +{chosen[:9]}", line)]
+        assert any(set(chosen.split()) <= set(line.split()) for line in below)
         assert words[-4:-1] == [str(variant.rank), str(resources.registers), str(resources.shared)]
         assert words[-1].endswith("%")
 

@@ -42,13 +42,21 @@ STEPS = {
     "forward": "lambda q, k, g, s: (l1.l1_scores(q, k),)",
     "backward from saved scores": "lambda q, k, g, s: l1.l1_scores_backward(g, q, k, scores=s)",
     "backward anew": "lambda q, k, g, s: l1.l1_scores_backward(g, q, k)",
+    "attention": "lambda q, k, g, s: l1.l1_attention(q, k, k, return_lse=True)",
+    "attention backward": (
+        "lambda q, k, g, s: l1.l1_attention_backward(q, q, k, k, *l1.l1_attention(q, k, k, return_lse=True))"
+    ),
+    "attention with a mask and its gradient": (
+        "lambda q, k, g, s: l1.l1_attention_backward("
+        "q, q, k, k, *l1.l1_attention(q, k, k, g, return_lse=True), g, return_dmask=True)"
+    ),
 }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 @pytest.mark.parametrize("step", STEPS)
-def test_scores_memory_beyond_results(step):
-    """No temporary of size L * S in the backward pass, none of size L * S * E anywhere."""
+def test_memory_beyond_results(step):
+    """No temporary of size L * S in a backward pass or in attention, none of size L * S * E anywhere."""
     extra = float(run(MEASURE.replace("{step}", STEPS[step])))
     assert extra <= MOST_MIB, f"{extra:.1f} MiB beyond the results"
 

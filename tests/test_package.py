@@ -65,14 +65,14 @@ def test_cache_keeps_parallel_and_serial_apart():
 def test_cache_notices_every_source_file(monkeypatch, tmp_path):
     """A kernel is compiled anew when a function that it calls changes, in whatever file."""
     stamps = set()
-    for changed in (None, "functions.py", "cpu/elements.py", "cpu/vector.py", "cpu/scores.py"):
+    for changed in (None, "functions.py", "cpu/elements.py", "cpu/vector.py", "cpu/scores.py", "cpu/attention.py"):
         package = tmp_path / f"{len(stamps)}" / "l1attn_cupy"
         shutil.copytree(Path(l1.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
         if changed:
             (package / changed).write_text((package / changed).read_text() + "# edited\n")
         monkeypatch.setattr(jit, "__file__", str(package / "cpu" / "jit.py"))
         stamps.add(jit.source_stamp.__wrapped__())
-    assert len(stamps) == 5
+    assert len(stamps) == 6
 
 
 def test_cache_files_carry_the_stamp():

@@ -39,7 +39,7 @@ def test_check_all_ok():
     done = script("check.py", "--backend", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("cpu ")]
-    assert len(rows) == 4 * 4 * 2
+    assert len(rows) == 2 * 4 * 4 * 2
     assert all(row.endswith("   ok") for row in rows)
     assert done.stdout.endswith("\nAll ok.\n")
 
@@ -65,6 +65,16 @@ BREAK = {
         from l1attn_cupy import run
         right = run.scores_backward
         run.scores_backward = lambda *arguments: tuple(-gradient for gradient in right(*arguments))
+    """,
+    "gradients of attention exchanged": """
+        from l1attn_cupy import run_attention
+        right = run_attention.attention_backward
+
+        def wrong(*arguments):
+            dquery, dkey, dvalue, dmask = right(*arguments)
+            return dquery, -dkey, dvalue, dmask
+
+        run_attention.attention_backward = wrong
     """,
     "an exception": """
         from l1attn_cupy import run

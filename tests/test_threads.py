@@ -30,7 +30,9 @@ grad = np.ones((4, 129, 129), np.float32)
 
 
 def call():
-    return [l1.l1_scores(query, key), *l1.l1_scores_backward(grad, query, key)]
+    out, lse = l1.l1_attention(query, key, key, return_lse=True)
+    attention = [out, lse, *l1.l1_attention_backward(out, query, key, key, out, lse)]
+    return [l1.l1_scores(query, key), *l1.l1_scores_backward(grad, query, key), *attention]
 
 
 def same(a, b):
@@ -40,6 +42,8 @@ def same(a, b):
 assert threads.count(query, query.size * 129) > 1
 one = np.ones((1, 1), np.float32)
 l1.l1_scores_backward(one, one, l1.l1_scores(one, one))  # compiles the serial kernels, for children that need them
+l1.l1_attention_backward(one, one, one, one, one, one[0])
+l1.l1_attention(one, one, one)
 """
 
 EIGHT_THREADS = """

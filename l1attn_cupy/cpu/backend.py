@@ -107,10 +107,10 @@ def _common(plan: Plan, batch: np.ndarray, sizes: Shape, blocks: tuple) -> tuple
     return DTYPE_CODES[dtype], ITEMSIZE[dtype], batch, sizes, blocks, SCORES[options.score], scalars
 
 
-def _panel(plan: Plan) -> tuple[int, int]:
-    """Rows in a panel, and most rows of this plan's channels that fit a block of scratch memory."""
-    width = panel_width(8 if plan.query.dtype == "float64" else 4)
-    fitting = _BLOCK_NUMBERS // max(plan.channels, 1) // width * width
+def _panel(dtype: str, channels: int) -> tuple[int, int]:
+    """Rows in a panel, and most rows of so many channels that fit a block of scratch memory."""
+    width = panel_width(8 if dtype == "float64" else 4)
+    fitting = _BLOCK_NUMBERS // max(channels, 1) // width * width
     return width, max(fitting, width)
 
 
@@ -121,7 +121,7 @@ def _ceil_to(n: int, multiple: int) -> int:
 def _forward_blocks(plan: Plan, sizes: Shape, workers: int) -> tuple[int, int, int, int]:
     """Queries in a task, keys in a task, keys in a tile, and runs: large blocks, but work for every thread."""
     batches, length_q, length_k, _ = sizes
-    width, fitting = _panel(plan)
+    width, fitting = _panel(plan.query.dtype, plan.channels)
     wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
     rows = _split(length_q, width, min(fitting, 256), -(-wanted // batches))
     row_tasks = batches * -(-length_q // rows)
@@ -134,7 +134,7 @@ def _forward_blocks(plan: Plan, sizes: Shape, workers: int) -> tuple[int, int, i
 def _backward_blocks(plan: Plan, sizes: Shape, workers: int, x_is_row: bool) -> tuple[int, bool, int]:
     """Rows of x in a task, whether the rows of a tile of h are x, and runs."""
     kept, _, length_x, _, _ = sizes
-    width, fitting = _panel(plan)
+    width, fitting = _panel(plan.query.dtype, plan.channels)
     wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
     rows = _split(length_x, width, min(fitting, 2 * Y_BLOCK), -(-wanted // kept))
     return rows, x_is_row, min(kept * -(-length_x // rows), wanted)

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import arrays
 from ..plan import Plan
+from ..plan_attention import AttentionPlan
 from . import calls, compiler
 from .launch import Launch
 from .registry import KernelError
@@ -38,7 +39,7 @@ def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -
     compiler.kernel(launch)((launch.grid,), (launch.threads,), (packed,))
 
 
-def _current(plan: Plan, query: Any) -> tuple[Any, Any]:
+def _current(plan: Plan | AttentionPlan, query: Any) -> tuple[Any, Any]:
     """CuPy's device and stream to enter: those of the arrays, and of the caller."""
     try:
         import cupy

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..functions import SCORES
 from ..plan import ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
+from ..plan_attention import AttentionPlan
 from . import devices, registry, tuning
 from .registry import Variant
 
@@ -156,7 +157,7 @@ def _fill_gradient(
     return int(args["kept"]) * tiles * _tiles(plan.channels, variant, "BLOCK_E")
 
 
-def _pick(op: str, plan: Plan) -> Variant:
+def _pick(op: str, plan: Plan | AttentionPlan) -> Variant:
     """The variant for a call, with the parameters that were tuned for its device."""
     sizes = {"q": plan.length_q, "k": plan.length_k, "e": plan.channels}
     variant = registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
@@ -187,7 +188,9 @@ def _tiles(length: int, variant: Variant, block: str) -> int:
     return -(-length // variant.parameters[block])
 
 
-def _launch(variant: Variant, plan: Plan, args: np.ndarray, blocks: int, places: Iterable[tuple[str, int]]) -> Launch:
+def _launch(
+    variant: Variant, plan: Plan | AttentionPlan, args: np.ndarray, blocks: int, places: Iterable[tuple[str, int]]
+) -> Launch:
     if blocks > _MAX_BLOCKS:
         raise ValueError(
             f"query and key must need at most {_MAX_BLOCKS} blocks of {variant.path.name}, got {blocks} for query "

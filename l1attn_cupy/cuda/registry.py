@@ -17,10 +17,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-#: What each op needs from a @variant line to derive its grid (see `launch`).
+#: What each op needs from a @variant line to derive its grid (see `launch` and `launch_attention`).
 OPS = {
     "scores_forward": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
     "scores_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"}, {"BLOCK_Q", "BLOCK_K", "BLOCK_E", "THREADS", "ATOMIC"}),
+    "attention_forward": ({"BLOCK_Q", "BLOCK_V", "THREADS"},),
+    "attention_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"},),
+    "attention_mask_gradient": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
 }
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
 _LIMITS = ("min_q", "max_q", "min_k", "max_k", "min_e", "max_e")

@@ -12,7 +12,7 @@ from benchlib import report
 from benchlib.cases import Case, parse
 from benchlib.peers import PEERS
 
-PARTS = ("forward", "backward", "memory", "overhead", "startup")  # --quick leaves the last one out
+PARTS = ("forward", "backward", "attention", "memory", "overhead", "startup")  # --quick leaves the last one out
 GIB = 2**30
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's CPU allocator reads it at its first allocation
 CPU_CACHE_BYTES = 64 << 20  # above most last-level caches

@@ -1,0 +1,59 @@
+// attention_backward_gather.cu: gradients of fused L1 attention; the baseline.
+// Computes  p = exp(s - lse),  ds = p * (sum_c grad[i,c] * (v[j,c] - out[i,c]) + grad_lse[i]),  h = ds * F'(x) * scale
+//           dx[i,e] = sum_j h[i,j] * sign(x[i,e] - y[j,e]) for (q, k), or for (k, q); then also dv[j,c] = sum_i p * grad
+// Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  out, grad (B,L,V)  lse, grad_lse (B,L)
+//           dx, dxv as q, or as k and v; strides in elements, int64
+// Tiling    one row of x and BLOCK_E of its channels per block; rows of y in tiles of BLOCK_Y, a warp per h, then a
+//           thread per channel
+// Cost      B*L*S*(3*E + 2*V) operations for the scores and ds, for every BLOCK_E channels, and 3*B*L*S*E for each dx
+// Delta     nothing is reused but h: the one to read first. One order of summation: the same bits in every run
+// @variant  op=attention_backward dtypes=f32,f16,bf16,f64 BLOCK_X=1 BLOCK_Y=32 BLOCK_E=128 THREADS=128 rank=1
+
+static_assert(BLOCK_X == 1, "a block holds one row of x");
+static_assert(BLOCK_E == THREADS && THREADS % 32 == 0, "a thread owns one channel; whole warps, for the shuffles");
+
+extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(const AttentionBackward p) {
+    const Attention &a = p.s.a;
+    const int channels = p.of_key ? a.channels + a.channels_v : a.channels, e_blocks = ceil_div(channels, BLOCK_E);
+    const int length_x = p.of_key ? a.length_k : a.length_q;
+    const int e = blockIdx.x % e_blocks * BLOCK_E + threadIdx.x;  // of x, then of v
+    const int row = blockIdx.x / e_blocks % length_x, entry = blockIdx.x / e_blocks / length_x * p.s.summed;
+    const Matrix &x = p.of_key ? a.k : a.q, &y = p.of_key ? a.q : a.k;
+    __shared__ acc_t h[BLOCK_Y], weights[BLOCK_Y];
+
+    const int lane = threadIdx.x % 32;
+    const int first = p.of_key ? first_query(a, row) : first_key(a, row);
+    const int end = p.of_key ? end_of_queries(a, row) : end_of_keys(a, row);
+    const Derivative derivative(a.score, a.scale, a.eps);
+    acc_t sum = 0;
+    for (int b = entry; b < entry + p.s.summed; ++b) {
+        const acc_t mine = e < a.channels ? to_acc(matrix(x, a.batch_shape, b)[row * x.row_stride + e]) : 0;
+        const scalar_t *ys = matrix(y, a.batch_shape, b), *grad = matrix(p.s.grad, a.batch_shape, b) - a.channels;
+        for (int j0 = first; j0 < end; j0 += BLOCK_Y) {
+            const int count = min(BLOCK_Y, end - j0);
+            for (int n = threadIdx.x / 32; n < count; n += THREADS / 32) {
+                acc_t weight, score;
+                const int i = p.of_key ? j0 + n : row, j = p.of_key ? row : j0 + n;
+                const acc_t ds = score_gradient(p.s, b, i, j, lane, weight, score);
+                if (lane == 0) {
+                    h[n] = ds == 0 ? 0 : ds * derivative(score);
+                    weights[n] = weight;
+                }
+            }
+            __syncthreads();  // this tile of h is there
+            for (int n = 0; n < count; ++n) {
+                if (e < a.channels) {
+                    sum += h[n] * sign(mine - to_acc(ys[(j0 + n) * y.row_stride + e]));
+                } else if (e < channels && weights[n] != 0) {
+                    sum += weights[n] * to_acc(grad[(j0 + n) * p.s.grad.row_stride + e]);
+                }
+            }
+            __syncthreads();  // all are done with it
+        }
+    }
+    if (e < a.channels) {
+        if (p.dx.data) matrix(p.dx, a.batch_shape, entry)[row * p.dx.row_stride + e] = to_scalar(sum);
+    } else if (e < channels && p.dxv.data) {
+        matrix(p.dxv, a.batch_shape, entry)[row * p.dxv.row_stride + e - a.channels] = to_scalar(sum);
+    }
+}

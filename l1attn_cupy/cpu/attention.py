@@ -1,0 +1,220 @@
+"""Fused L1 attention on the CPU, forward: ``softmax(F(distance) + mask) @ value`` without the matrix of scores.
+
+A task is a block of queries of one batch entry against a range of keys. It walks over tiles of `Y_ROWS` keys with an
+online softmax: for each panel of queries the scores of a tile, their maximum and weights, and the weighted sum of the
+values are all computed while the tile is in the L1 cache. Tiles that a window or causality rules out are skipped.
+
+Where there are few queries, as in decoding, the keys are split among tasks; `merge` joins the parts.
+
+What is here beside the forward pass serves the backward pass too. There x, the rows that a task owns, may be keys.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from .elements import load_rows, store_rows
+from .jit import kernel
+from .scores import _address, _blocks, _load_panels
+from .vector import lanes, panel_width, peek, poke, scatter_rows
+from .vector_attention import add_weighted_rows, add_weighted_rows_1, score_panel, softmax_step
+
+#: Rows of y in a tile.
+Y_ROWS = 32
+
+#: Kinds of mask.
+NO_MASK, BOOLEAN, ADDITIVE = range(3)
+
+_WIDTH4, _WIDTH8 = panel_width(4), panel_width(8)
+_ROWS4, _ROWS8 = scatter_rows(4), scatter_rows(8)
+_LANES4, _LANES8 = lanes(4), lanes(8)
+
+
+@kernel()
+def task_of(turn, run, runs):
+    """The task that a run does in a turn: there and back, so that runs share tasks of falling cost evenly."""
+    return turn * runs + (run if turn % 2 == 0 else runs - 1 - run)
+
+
+@kernel()
+def score_tile(y_panels, y_count, x_panels, panel, channels, tile, score, scale, eps):
+    """Scores of ``y_count`` panels of y (the rows of the tile) and one panel of x (its lanes)."""
+    for p in range(y_count):
+        score_panel(y_panels, p, x_panels, panel, channels, tile, p * tile.shape[1], score, scale, eps)
+
+
+@kernel()
+def outside_band(difference, x_count, y_count, band):
+    """Whether no x - y of a tile lies in the band; ``difference`` is that of its first row and lane."""
+    return difference + x_count - 1 < band[0] or difference - (y_count - 1) > band[1]
+
+
+@kernel()
+def exclude(tile, difference, x_count, y_count, band):
+    """Set the scores outside the band to -inf."""
+    if difference - (y_count - 1) >= band[0] and difference + x_count - 1 <= band[1]:
+        return
+    for j in range(y_count):
+        for c in range(x_count):
+            d = difference + c - j
+            if d < band[0] or d > band[1]:
+                tile[j, c] = -np.inf
+
+
+@kernel()
+def add_mask(source, kind, dtype, mask, x_count, y_count, loaded, tile):
+    """Add the mask, whose part for this tile is at ``source``. A score that is masked by False or -inf becomes -inf."""
+    if kind == BOOLEAN:
+        for j in range(y_count):
+            for c in range(x_count):
+                if peek(source, j * mask.column + c * mask.row, np.uint8(0)) == 0:
+                    tile[j, c] = -np.inf
+    elif kind == ADDITIVE:
+        load_rows(source, dtype, mask.column, mask.row, y_count, x_count, loaded)
+        for j in range(y_count):
+            for c in range(x_count):
+                tile[j, c] = tile[j, c] + loaded[j, c] if loaded[j, c] != -np.inf else loaded[j, c]
+
+
+@kernel()
+def set_aside(rows, count, special):
+    """Move what is infinite or NaN from ``rows`` to ``special``, and return whether there is any.
+
+    A weight of 0 must make nothing of it: a masked value may be anything.
+    """
+    found = False
+    flat = rows[:count].ravel()
+    zero = rows.dtype.type(0)
+    for i in range(flat.size):
+        found |= (flat[i] - flat[i]) != 0
+    if found:
+        for j in range(count):
+            for c in range(rows.shape[1]):
+                value = rows[j, c]
+                finite = (value - value) == 0
+                special[j, c] = zero if finite else value
+                rows[j, c] = value if finite else zero
+    return found
+
+
+@kernel()
+def add_weighted(weights, rows, special, has_special, count, factors, out, first, x_count):
+    """``out[first + r] = factors[r] * out[first + r] + sum_j weights[j, r] * rows[j]`` for the lanes r of a panel."""
+    group, step = (_ROWS4, _LANES4) if rows.itemsize == 4 else (_ROWS8, _LANES8)
+    pairs = rows.shape[1] // (2 * step) * (2 * step)
+    for r in range(0, x_count, group):
+        for c in range(0, pairs, 2 * step):
+            add_weighted_rows(weights, r, rows, count, c, factors, out, first + r)
+        for c in range(pairs, rows.shape[1], step):
+            add_weighted_rows_1(weights, r, rows, count, c, factors, out, first + r)
+    if has_special:
+        for r in range(x_count):
+            for j in range(count):
+                if weights[j, r] != 0:
+                    for c in range(rows.shape[1]):
+                        out[first + r, c] += weights[j, r] * special[j, c] if special[j, c] != 0 else rows.dtype.type(0)
+
+
+@kernel()
+def _finish(acc, largest, total, rows, lse_source, lse_stride):
+    """Divide by the sum of the weights and write lse; rows without a key become 0, and their lse -inf."""
+    one, zero = acc.dtype.type(1), acc.dtype.type(0)
+    for r in range(rows):
+        poke(lse_source, r * lse_stride, largest[r] + np.log(total[r]))
+        factor = zero if total[r] == 0 else one / total[r]
+        for c in range(acc.shape[1]):
+            acc[r, c] *= factor
+
+
+def _forward(q, k, v, mask, out, lse, dtypes, batch, sizes, work, blocks, band, score, scalars):
+    """out and lse of every batch entry.
+
+    ``dtypes`` is (code and itemsize of the arrays, of out, and of lse, kind of mask). ``sizes`` is (batches, E, Ev),
+    ``blocks`` is (most queries in a task, stride of out and of lse between parts of the keys, runs). A line of ``work``
+    is (first query, queries, first key, end of the keys, what to add to query - key to get the difference of their
+    places in their sequences, part); ``band`` has the least and the largest such difference that is not ruled out;
+    ``scalars`` is (scale, eps).
+    """
+    dtype, itemsize, out_dtype, out_itemsize, lse_itemsize, kind = dtypes
+    batches, channels, channels_v = sizes
+    q_block, out_part, lse_part, runs = blocks
+    tasks = work.shape[0] * batches
+    width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
+    padded, padded_v = _blocks(channels, width) * width, _blocks(channels_v, width) * width
+    mask_itemsize = 1 if kind == BOOLEAN else itemsize
+    for run in prange(runs):
+        scratch = np.empty((width, padded), scalars.dtype)
+        q_panels = np.empty((q_block // width, padded, width), scalars.dtype)
+        k_panels = np.empty((Y_ROWS // width, padded, width), scalars.dtype)
+        values, special = np.empty((Y_ROWS, padded_v), scalars.dtype), np.empty((Y_ROWS, padded_v), scalars.dtype)
+        tile, loaded = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
+        acc, half = np.empty((q_block, padded_v), scalars.dtype), np.empty((q_block, padded_v), np.uint16)
+        largest, total = np.empty(q_block, scalars.dtype), np.empty(q_block, scalars.dtype)
+        factors = np.empty(width, scalars.dtype)
+        for turn in range(_blocks(tasks, runs)):
+            task = task_of(turn, np.int64(run), runs)
+            if task >= tasks:
+                continue
+            block, index = work[task // batches], task % batches
+            i0, rows, j_first, j_end, offset, part = block[0], block[1], block[2], block[3], block[4], block[5]
+            source = _address(q, itemsize, index, batch, i0, 0)
+            _load_panels(source, dtype, itemsize, q, rows, channels, scratch, q_panels)
+            acc[:], total[:], largest[:] = 0, 0, -np.inf
+            for j0 in range(j_first, j_end, Y_ROWS):
+                columns = min(Y_ROWS, j_end - j0)
+                source = _address(k, itemsize, index, batch, j0, 0)
+                _load_panels(source, dtype, itemsize, k, columns, channels, scratch, k_panels)
+                source = _address(v, itemsize, index, batch, j0, 0)
+                load_rows(source, dtype, v.row, v.column, columns, channels_v, values)
+                has_special = set_aside(values, columns, special)
+                for p in range(_blocks(rows, width)):
+                    i, count = i0 + p * width, min(width, rows - p * width)
+                    if outside_band(i - j0 + offset, count, columns, band):
+                        continue
+                    score_tile(
+                        k_panels, _blocks(columns, width), q_panels, p, channels, tile, score, scalars[0], scalars[1]
+                    )
+                    if kind != NO_MASK:
+                        source = _address(mask, mask_itemsize, index, batch, i, j0)
+                        add_mask(source, kind, dtype, mask, count, columns, loaded, tile)
+                    exclude(tile, i - j0 + offset, count, columns, band)
+                    softmax_step(tile, columns, largest, total, factors, p * width)
+                    add_weighted(tile, values, special, has_special, columns, factors, acc, p * width, count)
+            place = _address(lse, lse_itemsize, index, batch, i0, 0) + part * lse_part * lse_itemsize
+            _finish(acc, largest, total, rows, place, lse.row)
+            place = _address(out, out_itemsize, index, batch, i0, 0) + part * out_part * out_itemsize
+            store_rows(acc, half, rows, channels_v, place, out_dtype, out.row, out.column)
+
+
+@kernel()
+def merge(out, lse, dtypes, batch, parts, part_lse):
+    """Join attention to several parts of the keys: their mean, weighted by ``exp(part_lse - lse)``.
+
+    ``parts`` is (parts, batches, L, Ev), ``part_lse`` is (parts, batches, L).
+    """
+    dtype, itemsize, lse_itemsize = dtypes
+    n, batches, length, channels = parts.shape
+    zero = parts.dtype.type(0)
+    row, half = np.empty((1, channels), parts.dtype), np.empty((1, channels), np.uint16)
+    for index in range(batches):
+        for i in range(length):
+            largest, total = part_lse[0, index, i], zero
+            for part in range(1, n):
+                largest = max(largest, part_lse[part, index, i])
+            row[:] = 0
+            for part in range(n):
+                if part_lse[part, index, i] != -np.inf:
+                    weight = np.exp(part_lse[part, index, i] - largest)
+                    total += weight
+                    for c in range(channels):
+                        row[0, c] += weight * parts[part, index, i, c]
+            for c in range(channels):
+                row[0, c] = row[0, c] / total if total != 0 else zero
+            poke(_address(lse, lse_itemsize, index, batch, i, 0), 0, largest + np.log(total))
+            place = _address(out, itemsize, index, batch, i, 0)
+            store_rows(row, half, 1, channels, place, dtype, out.row, out.column)
+
+
+forward = kernel(parallel=True)(_forward)
+forward_serial = kernel()(_forward)

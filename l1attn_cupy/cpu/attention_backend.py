@@ -1,0 +1,271 @@
+"""Fused attention on the CPU: from a plan and arrays to calls of compiled kernels, as `backend` does for the scores.
+
+How rows are cut into blocks and keys into parts depends on sizes alone, never on the number of threads, so that the
+result does not either.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import arrays
+from ..functions import SCORES
+from ..plan import ITEMSIZE, ArraySpec, broadcast_dims, contiguous
+from ..plan_attention import UNLIMITED, AttentionPlan, Segment
+from . import attention, attention_gradients, threads
+from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
+from .backend import _Call, _lay_out, _panel, _split
+from .elements import DTYPE_CODES
+from .scores import Matrix
+
+#: Tasks to make at least, if there is work for so many: enough to share it evenly among many threads.
+_TASKS = 64
+
+#: Runs for each thread; tasks of falling cost are shared out among them.
+_RUNS_PER_THREAD = 4
+
+#: Most rows of x in a task, and fewest keys in a part of them.
+_MOST_ROWS = 128
+_FEWEST_KEYS = 512
+
+_NO_LIMIT = 1 << 40
+
+
+class _Side(NamedTuple):
+    """What a task owns, x: the queries, or the keys with the roles of query and key exchanged."""
+
+    segments: tuple[Segment, ...]
+    low: int
+    high: int
+
+    @property
+    def longest(self) -> int:
+        return max((end - start for start, end, _, _ in self.segments), default=0)
+
+
+def attention_forward(
+    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+) -> None:
+    """Write the result to ``out`` and its log-sum-exp to ``lse``; neither L nor a batch dimension is 0."""
+    workers = threads.count(query, terms=_terms(plan))
+    given = [0 if array is None else arrays.address(array) for array in (query, key, value, mask)]
+    results = arrays.address(out), arrays.address(lse)
+    forward, merge, parts = _forward_calls(plan, arrays.describe(out), arrays.describe(lse), workers)
+    if merge is None:
+        forward.launch(*given, *results)
+        return
+    part_out = np.empty((parts, math.prod(plan.batch), plan.length_q, plan.channels_v), plan.lse_dtype)
+    part_lse = np.empty(part_out.shape[:-1], plan.lse_dtype)
+    forward.launch(*given, arrays.address(part_out), arrays.address(part_lse))
+    merge._replace(arguments=(*merge.arguments, part_out, part_lse)).launch(*results)
+
+
+def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Write ``wanted``, of dquery, dkey, dvalue and dmask. No dimension of the scores is 0.
+
+    ``given`` has query, key, value, mask, grad_out, out, lse and grad_lse; mask and grad_lse may be None.
+    """
+    workers = threads.count(given["query"], terms=_terms(plan))
+    delta = np.empty((*plan.batch, plan.length_q, 1), plan.lse_dtype)
+    everything = {**given, **wanted, "delta": delta}
+    present = {name: array for name, array in everything.items() if array is not None}
+    specs = tuple((name, arrays.describe(array)) for name, array in present.items())
+    addresses = {name: arrays.address(array) for name, array in present.items()}
+    for names, call in _gradient_calls(plan, specs, workers):
+        call.launch(*(addresses.get(name, 0) for name in names))
+
+
+def _terms(plan: AttentionPlan) -> int:
+    pairs = sum((end_q - q) * (end_k - k) for q, end_q, k, end_k in plan.segments)
+    return math.prod(plan.batch) * pairs * max(plan.channels + plan.channels_v, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_calls(
+    plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int
+) -> tuple[_Call, _Call | None, int]:
+    """The call that writes out and lse; or, of each part of the keys, and the one that joins the parts."""
+    own = plan.seen_by_kernels("out", out), plan.seen_by_kernels("lse", lse)
+    parts = _parts(plan)
+    if parts == 1:
+        return _forward_call(plan, *own, workers, 1), None, 1
+    part_out, part_lse = (contiguous(spec, (*plan.batch, *spec.shape[-2:])) for spec in own)
+    return _forward_call(plan, part_out, part_lse, workers, parts), _merge_call(plan, *own), parts
+
+
+def _forward_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int, parts: int) -> _Call:
+    """The call that writes out and lse, or those of each part of the keys, which lie one after another."""
+    specs = [plan.query, plan.key, plan.value, plan.mask or lse, out, lse]
+    batch, matrices = _lay_out(specs, plan.batch, range(len(plan.batch)))
+    batches, itemsize = math.prod(plan.batch), ITEMSIZE[plan.query.dtype]
+    side = _queries(plan)
+    block = _block(plan, side.longest, batches)
+    work = _work(side, block, parts)
+    out_dtype = plan.query.dtype if parts == 1 else plan.lse_dtype
+    dtypes = (
+        *(DTYPE_CODES[plan.query.dtype], itemsize),
+        *(DTYPE_CODES[out_dtype], ITEMSIZE[out_dtype]),
+        *(ITEMSIZE[plan.lse_dtype], _mask_kind(plan)),
+    )
+    rows = batches * plan.length_q
+    blocks = (block, rows * plan.channels_v, rows, _runs(len(work) * batches, workers))
+    arguments = (dtypes, batch, (batches, plan.channels, plan.channels_v), work, blocks, (side.low, side.high))
+    kernel = attention.forward if workers > 1 else attention.forward_serial
+    return _Call(kernel, workers, matrices, (*arguments, *_score(plan)))
+
+
+def _merge_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec) -> _Call:
+    batch, matrices = _lay_out([out, lse], plan.batch, range(len(plan.batch)))
+    dtypes = (DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype], ITEMSIZE[plan.lse_dtype])
+    return _Call(attention.merge, 1, matrices, (dtypes, batch))
+
+
+@functools.lru_cache(maxsize=1024)
+def _gradient_calls(
+    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int
+) -> list[tuple[tuple[str, ...], _Call]]:
+    """The calls of a backward pass in their order, each with the names of its arrays."""
+    known = {name: plan.seen_by_kernels(name, spec) for name, spec in specs}
+    calls = [_delta_call(plan, known, workers)]
+    if "dquery" in known:
+        calls.append(_rows_call(plan, known, workers, "dquery", ""))
+    together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
+    if together and ("dkey" in known or "dvalue" in known):
+        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue"))
+    elif "dkey" in known:
+        calls.append(_rows_call(plan, known, workers, "dkey", ""))
+    if not together and "dvalue" in known:
+        calls.append(_rows_call(plan, known, workers, "", "dvalue"))
+    if "dmask" in known:
+        calls.append(_mask_call(plan, known, workers))
+    return calls
+
+
+def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
+    names = ("grad_out", "out", "grad_lse", "delta")
+    batch, matrices = _matrices(plan, specs, names, range(len(plan.batch)))
+    like = np.zeros(1, plan.lse_dtype)
+    dtypes = (DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype], ITEMSIZE[plan.lse_dtype])
+    sizes = (math.prod(plan.batch), plan.length_q, plan.channels_v)
+    runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
+    kernel = attention_gradients.delta if workers > 1 else attention_gradients.delta_serial
+    return names, _Call(kernel, workers, matrices, (dtypes, batch, sizes, runs, like))
+
+
+def _rows_call(
+    plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str
+) -> tuple[tuple[str, ...], _Call]:
+    """The call for dquery, or for dkey and dvalue or one of them."""
+    of_key = dx != "dquery"
+    x, y = (("key", "value"), ("query", "grad_out")) if of_key else (("query", "grad_out"), ("key", "value"))
+    names = (*x, *y, "lse", "delta", "mask", dx, dxv)
+    owner = plan.value if not dx else plan.key if of_key else plan.query
+    order, kept, summed = _owned(plan, owner)
+    batch, matrices = _matrices(plan, specs, names, order, transposed=(6,) if of_key else ())
+    side = _keys(plan) if of_key else _queries(plan)
+    block = _block(plan, side.longest, kept)
+    work = _work(side, block, parts=1)
+    sizes = (kept, summed, plan.channels, plan.channels_v)
+    blocks = (block, of_key, _runs(len(work) * kept, workers))
+    kernel = attention_gradients.backward if workers > 1 else attention_gradients.backward_serial
+    arguments = (_gradient_dtypes(plan), batch, sizes, work, blocks, (side.low, side.high), *_score(plan))
+    return names, _Call(kernel, workers, matrices, arguments)
+
+
+def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
+    names = ("query", "key", "value", "grad_out", "lse", "delta", "mask", "dmask")
+    order, kept, summed = _owned(plan, specs["dmask"])
+    batch, matrices = _matrices(plan, specs, names, order)
+    sizes = (kept, summed, plan.length_q, plan.length_k, plan.channels, plan.channels_v)
+    rows, columns = specs["dmask"].shape[-2:]
+    shared = (rows < plan.length_q, columns < plan.length_k)
+    runs = _runs(kept * plan.length_q * plan.length_k, workers)
+    side = _queries(plan)
+    kernel = attention_gradients.mask_gradient if workers > 1 else attention_gradients.mask_gradient_serial
+    arguments = (_gradient_dtypes(plan), batch, sizes, shared, runs, (side.low, side.high), *_score(plan))
+    return names, _Call(kernel, workers, matrices, arguments)
+
+
+def _matrices(
+    plan: AttentionPlan,
+    specs: Mapping[str, ArraySpec],
+    names: tuple[str, ...],
+    order: Sequence[int],
+    transposed: tuple[int, ...] = (),
+) -> tuple[np.ndarray, tuple[Matrix, ...]]:
+    """`_lay_out` of arrays by name; one that is not there, whose address is 0, is laid out like query."""
+    return _lay_out([specs.get(name, plan.query) for name in names], plan.batch, order, transposed)
+
+
+def _owned(plan: AttentionPlan, spec: ArraySpec) -> tuple[list[int], int, int]:
+    """Of a gradient like ``spec``: batch dimensions, those to sum over last; batches, and how many go into each."""
+    shared = broadcast_dims(spec, plan.batch)
+    order = sorted(range(len(shared)), key=lambda dim: shared[dim])
+    summed = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
+    return order, math.prod(plan.batch) // summed, summed
+
+
+def _gradient_dtypes(plan: AttentionPlan) -> tuple[int, int, int, int]:
+    dtype = plan.query.dtype
+    return DTYPE_CODES[dtype], ITEMSIZE[dtype], ITEMSIZE[plan.lse_dtype], _mask_kind(plan)
+
+
+def _score(plan: AttentionPlan) -> tuple[int, np.ndarray]:
+    return SCORES[plan.options.score], np.array([plan.options.scale, plan.options.eps], plan.lse_dtype)
+
+
+def _mask_kind(plan: AttentionPlan) -> int:
+    if plan.mask is None:
+        return NO_MASK
+    return BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
+
+
+def _runs(tasks: int, workers: int) -> int:
+    return 1 if workers == 1 else min(tasks, workers * _RUNS_PER_THREAD)
+
+
+def _queries(plan: AttentionPlan) -> _Side:
+    left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
+    return _Side(plan.segments, -right, left)
+
+
+def _keys(plan: AttentionPlan) -> _Side:
+    left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
+    return _Side(tuple((k, end_k, q, end_q) for q, end_q, k, end_k in plan.segments), -left, right)
+
+
+def _block(plan: AttentionPlan, length: int, batches: int) -> int:
+    """Rows of x in a task: many, so that a tile of y is loaded for many, but work for every thread."""
+    width, fitting = _panel(plan.lse_dtype, max(plan.channels, plan.channels_v))
+    return _split(length, width, min(fitting, _MOST_ROWS), -(-_TASKS // batches))
+
+
+def _parts(plan: AttentionPlan) -> int:
+    """Into how many parts keys are split, so that a few queries against many keys are work for all threads."""
+    side, batches = _queries(plan), math.prod(plan.batch)
+    work = _work(side, _block(plan, side.longest, batches), parts=1)
+    tasks = len(work) * batches
+    longest = int((work[:, 3] - work[:, 2]).max())
+    return max(1, min(-(-_TASKS // tasks), longest // _FEWEST_KEYS))
+
+
+@functools.lru_cache(maxsize=256)
+def _work(side: _Side, block: int, parts: int) -> np.ndarray:
+    """The tasks of one batch entry, those that take longest first; see `attention._forward` for the columns."""
+    lines = []
+    for x, end_x, y, end_y in side.segments:
+        for start in range(x, end_x, block):
+            rows = min(block, end_x - start)
+            first = max(0, start - x - side.high) // Y_ROWS * Y_ROWS
+            last = max(first, min(end_y - y, start - x + rows - side.low))
+            step = -(-(last - first) // (parts * Y_ROWS)) * Y_ROWS
+            for part in range(parts):
+                begin, stop = (min(last, first + n * step) for n in (part, part + 1))
+                lines.append((start, rows, y + begin, y + stop, y - x, part))
+    table = np.array(lines, np.int64).reshape(-1, 6)
+    return table[np.argsort(-table[:, 1] * (table[:, 3] - table[:, 2]), kind="stable")]

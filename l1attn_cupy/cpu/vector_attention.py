@@ -1,0 +1,304 @@
+"""The inner loops of attention that `vector` does not have: matrix products and the softmax, as LLVM vector code.
+
+A *tile* has one row for each row of y and one lane for each row of x, a panel of them; x is what a task owns. So sums
+and maxima over y are sums of vectors, and no loop ever reduces across the lanes of one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from ..functions import DISTANCE, INVERSE, LAPLACIAN
+from .vector import (
+    _INT,
+    _Emitter,
+    _itemsize,
+    _store_inverse,
+    _sum_panels,
+    lanes,
+    panel_width,
+    scatter_rows,
+)
+
+_INTEGER = types.intp
+
+#: Channels in one run of sums. Few, as the softmax turns the absolute error of a score into a relative one.
+CHANNELS_PER_SUM = 32
+
+#: Weights that `softmax_step` adds together before it adds them to the others; divides the rows of a tile.
+_GROUP = 8
+
+
+class _ExpConstants(NamedTuple):
+    """``magic`` rounds to an integer when added; ln 2 is split so that a multiple of its first part is exact."""
+
+    magic: float
+    ln2: tuple[float, float]
+    degree: int
+    lowest: float
+    highest: float
+
+
+_EXP = {
+    4: _ExpConstants(1.5 * 2.0**23, (0.693359375, -2.12194440e-4), 7, -126 * math.log(2), 128 * math.log(2)),
+    8: _ExpConstants(
+        1.5 * 2.0**52, (0.69314718036912381649, 1.90821492927058770002e-10), 13, -1022 * math.log(2), 1024 * math.log(2)
+    ),
+}
+
+
+class _AttentionEmitter(_Emitter):
+    """With the arithmetic of the softmax."""
+
+    def constant(self, number: float):
+        return ir.Constant(self.vector, [number] * self.width)
+
+    def multiply_add(self, a, b, c):
+        """``a * b + c``, rounded once where the machine can."""
+        name = f"llvm.fmuladd.v{self.width}f{self.itemsize * 8}"
+        signature = ir.FunctionType(self.vector, [self.vector] * 3)
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [a, b, c])
+
+    def larger(self, a, b):
+        """The maximum; of a number and NaN, either."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def tree(self, vectors, combine):
+        """All of them combined, in pairs."""
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=False)
+            vectors = [combine(a, b) for a, b in pairs] + vectors[len(vectors) // 2 * 2 :]
+        return vectors[0]
+
+    def exp(self, x):
+        """``e**x``, at most 1.1 ulp off where that is a normal number; 0 below, NaN for NaN.
+
+        x = n ln 2 + r with |r| <= ln 2 / 2, e**r by its Taylor polynomial, 2**n by its bits.
+        """
+        builder, constants = self.builder, _EXP[self.itemsize]
+        integers = ir.VectorType(ir.IntType(8 * self.itemsize), self.width)
+        mantissa, bias = (23, 127) if self.itemsize == 4 else (52, 1023)
+        magic = self.constant(constants.magic)
+        shifted = self.multiply_add(x, self.constant(1 / math.log(2)), magic)
+        n = builder.fsub(shifted, magic)
+        r = x
+        for part in constants.ln2:
+            r = self.multiply_add(n, self.constant(-part), r)
+        tail = self.constant(1 / math.factorial(constants.degree))
+        for power in range(constants.degree - 1, 1, -1):
+            tail = self.multiply_add(tail, r, self.constant(1 / math.factorial(power)))
+        polynomial = builder.fadd(self.constant(1.0), self.multiply_add(builder.fmul(r, r), tail, r))
+        exponent = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [mantissa] * self.width))
+        power_of_2 = builder.add(exponent, ir.Constant(integers, [bias << mantissa] * self.width))
+        result = builder.fmul(polynomial, builder.bitcast(power_of_2, self.vector))
+        low = builder.fcmp_ordered("<", x, self.constant(constants.lowest))
+        high = builder.fcmp_ordered(">", x, self.constant(constants.highest))
+        result = builder.select(low, self.constant(0.0), result)
+        return builder.select(high, self.constant(math.inf), result)
+
+
+@intrinsic
+def score_panel(typingctx, y_panels, y_index, x_panels, x_index, channels, tile, row, score, scale, eps):
+    """Scores of a panel of y and one of x: ``tile[row + r, c] = F(sum_e |y[r, e] - x[c, e]|)``, r and c < panel width.
+
+    Sums are of `CHANNELS_PER_SUM` channels each, then of these; F is applied while they are in registers.
+    """
+
+    def codegen(context, builder, signature, args):
+        e = _AttentionEmitter(context, builder, tile, panel_width(_itemsize(tile)))
+        *operands, n, out, top, f, factor, epsilon = args
+        sums = [cgutils.alloca_once_value(builder, e.constant(0.0)) for _ in range(e.width)]
+        with cgutils.for_range_slice(builder, _INT(0), n, _INT(CHANNELS_PER_SUM)) as (first, _):
+            rest = builder.sub(n, first)
+            count = builder.select(builder.icmp_signed("<", rest, _INT(CHANNELS_PER_SUM)), rest, _INT(CHANNELS_PER_SUM))
+            for total, part in zip(sums, _sum_panels(e, y_panels, x_panels, (*operands, first, count)), strict=True):
+                builder.store(builder.fadd(builder.load(total), part), total)
+        places = [e.at(tile, out, builder.add(top, _INT(r)), 0) for r in range(e.width)]
+        distances = [builder.load(total) for total in sums]
+        with builder.if_else(builder.icmp_signed("==", f, _INT(INVERSE))) as (inverse, others):
+            with inverse:
+                for distance, place in zip(distances, places, strict=True):
+                    _store_inverse(e, distance, factor, epsilon, place)
+            with others:
+                negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
+                signed = e.broadcast(builder.select(negative, builder.fneg(factor), factor))
+                products = [builder.fmul(signed, distance) for distance in distances]
+                with builder.if_else(builder.icmp_signed("==", f, _INT(LAPLACIAN))) as (laplacian, linear):
+                    with laplacian:
+                        for product, place in zip(products, places, strict=True):
+                            e.store(e.exp(product), place)
+                    with linear:
+                        for product, place in zip(products, places, strict=True):
+                            e.store(product, place)
+        return context.get_dummy_value()
+
+    integer, number = _INTEGER, tile.dtype
+    signature = types.void(y_panels, integer, x_panels, integer, integer, tile, integer, integer, number, number)
+    return signature, codegen
+
+
+@intrinsic
+def sum_products(typingctx, a_panels, a_index, b_panels, b_index, first, count, tile, row):
+    """``tile[row + r, c] += sum_e a_panels[a_index, e, r] * b_panels[b_index, e, c]``, r and c < panel width.
+
+    e runs from ``first``, upwards, over ``count`` channels, rounded up to a multiple of 4. With ``first == 0`` the tile
+    is set, not added to.
+    """
+
+    def codegen(context, builder, signature, args):
+        width = panel_width(_itemsize(a_panels))
+        e = _AttentionEmitter(context, builder, a_panels, width)
+        a, a_at, b, b_at, start, n, out, top = args
+
+        def step(i, sums):
+            channel = builder.add(start, i)
+            columns = e.load(e.at(b_panels, b, b_at, channel, 0))
+            rows = [e.splat(e.at(a_panels, a, a_at, channel, r)) for r in range(width)]
+            return [e.multiply_add(row, columns, total) for row, total in zip(rows, sums, strict=True)]
+
+        for r, total in enumerate(e.accumulate(n, width, step, unroll=4)):
+            place = e.at(tile, out, builder.add(top, _INT(r)), 0)
+            sums = builder.fadd(e.load(place), total)
+            e.store(builder.select(builder.icmp_signed("==", start, _INT(0)), total, sums), place)
+        return context.get_dummy_value()
+
+    signature = types.void(a_panels, _INTEGER, b_panels, _INTEGER, _INTEGER, _INTEGER, tile, _INTEGER)
+    return signature, codegen
+
+
+def _weighted_rows(vectors: int) -> Any:
+    def add(typingctx, weights, lane, rows, count, channel, factors, out, row):
+        def codegen(context, builder, signature, args):
+            n_rows, step_width = scatter_rows(_itemsize(rows)), lanes(_itemsize(rows))
+            e = _AttentionEmitter(context, builder, rows, step_width)
+            w, first_lane, y, n, chan, factor, target, first_row = args
+            places = [builder.add(chan, _INT(v * step_width)) for v in range(vectors)]
+
+            def step(j, sums):
+                values = [e.load(e.at(rows, y, j, place)) for place in places]
+                updated = []
+                for r in range(n_rows):
+                    weight = e.splat(e.at(weights, w, j, builder.add(first_lane, _INT(r))))
+                    old = sums[r * vectors : (r + 1) * vectors]
+                    updated += [e.multiply_add(weight, value, total) for value, total in zip(values, old, strict=True)]
+                return updated
+
+            totals = e.accumulate(n, n_rows * vectors, step, unroll=2)
+            for r in range(n_rows):
+                at = builder.add(first_row, _INT(r))
+                rescale = e.splat(e.at(factors, factor, builder.add(first_lane, _INT(r))))
+                for place, total in zip(places, totals[r * vectors :], strict=False):
+                    pointer = e.at(out, target, at, place)
+                    e.store(e.multiply_add(rescale, e.load(pointer), total), pointer)
+            return context.get_dummy_value()
+
+        signature = types.void(weights, _INTEGER, rows, _INTEGER, _INTEGER, factors, out, _INTEGER)
+        return signature, codegen
+
+    return intrinsic(add)
+
+
+#: ``add_weighted_rows(weights, lane, rows, count, channel, factors, out, row)``::
+#:
+#:     out[row + r, c] = factors[lane + r] * out[row + r, c] + sum_j weights[j, lane + r] * rows[j, c],   j < count
+#:
+#: r runs over `scatter_rows`, c over 2 `lanes` channels from ``channel`` on; ``count`` is rounded up to be even.
+add_weighted_rows = _weighted_rows(2)
+
+#: The same for `lanes` channels.
+add_weighted_rows_1 = _weighted_rows(1)
+
+
+@intrinsic
+def softmax_step(typingctx, tile, count, largest, total, factors, first):
+    """One step of the online softmax: replace the scores of ``count`` rows of y by ``exp(score - maximum)``. Further
+    rows, up to a multiple of `_GROUP`, become 0.
+
+    ``largest`` and ``total`` hold the maximum and the sum so far of each row of x, from ``first`` on; they are updated.
+    ``factors[:width]`` becomes what everything that was summed before is to be multiplied by. A maximum of -inf, of
+    rows that have no key so far, gives weights of 0.
+    """
+
+    def codegen(context, builder, signature, args):
+        width = panel_width(_itemsize(tile))
+        e = _AttentionEmitter(context, builder, tile, width)
+        scores, n, most, sums, factor, start = args
+        before = e.load(e.at(largest, most, start))
+        groups = builder.and_(builder.add(n, _INT(_GROUP - 1)), _INT(-_GROUP))
+        with cgutils.for_range_slice(builder, n, groups, _INT(1)) as (j, _):
+            e.store(e.constant(-math.inf), e.at(tile, scores, j, 0))
+        best = cgutils.alloca_once_value(builder, before)
+        with cgutils.for_range_slice(builder, _INT(0), groups, _INT(_GROUP)) as (j, _):
+            group = [e.load(e.at(tile, scores, builder.add(j, _INT(r)), 0)) for r in range(_GROUP)]
+            builder.store(e.tree([*group, builder.load(best)], e.larger), best)
+        maximum = builder.load(best)
+        none = builder.fcmp_ordered("==", maximum, e.constant(-math.inf))
+        subtracted = builder.select(none, e.constant(0.0), maximum)
+        rescale = e.exp(builder.fsub(before, subtracted))
+        # Weights are added in groups: one by one, each would be rounded to the last digit of their sum.
+        weights = cgutils.alloca_once_value(builder, e.constant(0.0))
+        with cgutils.for_range_slice(builder, _INT(0), groups, _INT(_GROUP)) as (j, _):
+            group = []
+            for r in range(_GROUP):
+                place = e.at(tile, scores, builder.add(j, _INT(r)), 0)
+                group.append(e.exp(builder.fsub(e.load(place), subtracted)))
+                e.store(group[-1], place)
+            builder.store(builder.fadd(builder.load(weights), e.tree(group, builder.fadd)), weights)
+        place = e.at(total, sums, start)
+        e.store(e.multiply_add(rescale, e.load(place), builder.load(weights)), place)
+        e.store(maximum, e.at(largest, most, start))
+        e.store(rescale, e.at(factors, factor, 0))
+        return context.get_dummy_value()
+
+    return types.void(tile, _INTEGER, largest, total, factors, _INTEGER), codegen
+
+
+@intrinsic
+def softmax_backward_step(typingctx, masked, scores, products, count, lse, delta, first, by_row):
+    """Weights, and the gradients of the scores, of ``count`` rows of y, in place::
+
+        masked    scores with the mask added           becomes  p = exp(masked - lse)
+        products  the gradient of p                    becomes  p * (products - delta)
+        scores    scores without the mask              becomes  0 where p is 0
+
+    lse and delta belong to the rows of y if ``by_row``, otherwise to those of x from ``first`` on. Where p is 0 the
+    gradient is 0 whatever the others are: a masked key may hold NaN. Further rows of weights, up to a multiple of
+    `_GROUP`, become 0.
+    """
+
+    def codegen(context, builder, signature, args):
+        width = panel_width(_itemsize(masked))
+        e = _AttentionEmitter(context, builder, masked, width)
+        w_at, s_at, p_at, n, lse_at, delta_at, start, rows = args
+        zero = e.constant(0.0)
+
+        def one_row(j, shift, offset):
+            places = [e.at(kind, at, j, 0) for kind, at in ((masked, w_at), (scores, s_at), (products, p_at))]
+            weighted, score, product = (e.load(place) for place in places)
+            weight = e.exp(builder.fsub(weighted, shift))
+            nothing = builder.fcmp_ordered("==", weight, zero)
+            gradient = builder.fmul(weight, builder.fsub(product, offset))
+            results = weight, builder.select(nothing, zero, score), builder.select(nothing, zero, gradient)
+            for result, place in zip(results, places, strict=True):
+                e.store(result, place)
+
+        with builder.if_else(rows) as (of_y, of_x):
+            with of_y, cgutils.for_range(builder, n) as loop:
+                j = loop.index
+                one_row(j, e.splat(e.at(lse, lse_at, j)), e.splat(e.at(delta, delta_at, j)))
+            with of_x:
+                shift, offset = e.load(e.at(lse, lse_at, start)), e.load(e.at(delta, delta_at, start))
+                with cgutils.for_range(builder, n) as loop:
+                    one_row(loop.index, shift, offset)
+        groups = builder.and_(builder.add(n, _INT(_GROUP - 1)), _INT(-_GROUP))
+        with cgutils.for_range_slice(builder, n, groups, _INT(1)) as (j, _):
+            e.store(zero, e.at(masked, w_at, j, 0))
+        return context.get_dummy_value()
+
+    signature = types.void(masked, scores, products, _INTEGER, lse, delta, _INTEGER, types.boolean)
+    return signature, codegen

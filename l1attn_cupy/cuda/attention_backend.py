@@ -1,0 +1,26 @@
+"""Fused attention on the backend "cuda"; see `backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..plan_attention import AttentionPlan
+from . import calls_attention
+from .backend import _current, _run
+
+
+def attention_forward(
+    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+) -> None:
+    """Write the result to ``out`` and its log-sum-exp to ``lse``."""
+    device, stream = _current(plan, query)
+    with device, stream:
+        calls_attention.attention_forward(_run, plan, query, key, value, mask, out, lse)
+
+
+def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Write ``wanted``, of dquery, dkey and dvalue, from ``given``."""
+    device, stream = _current(plan, given["query"])
+    with device, stream:
+        calls_attention.attention_backward(_run, plan, given, wanted)

@@ -1,0 +1,77 @@
+"""Fused attention in terms of launches, for whatever can launch kernels: a GPU or the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import arrays
+from ..plan import ArraySpec, broadcast_dims
+from ..plan_attention import AttentionPlan, Segment
+from . import launch_attention
+from .calls import Machine
+
+#: Arrays whose rows kernels want contiguous, and along which dimension a packed one is cut into sequences.
+_ROWS = ("query", "key", "value", "grad_out", "out")
+_OF_KEY = ("key", "value", "dkey", "dvalue")
+
+
+def attention_forward(
+    machine: Machine, plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+) -> None:
+    """Write the result to ``out`` and its log-sum-exp to ``lse``; neither L nor a batch dimension is 0."""
+    everything = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "lse": lse}
+    for segment in plan.segments:
+        part, arrays_of, specs = _cut(plan, everything, segment)
+        if part.length_q == 0:
+            continue
+        written = {name: arrays_of.pop(name) for name in ("out", "lse")}
+        machine(launch_attention.attention_forward(part, specs), arrays_of, written)
+
+
+def attention_backward(
+    machine: Machine, plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Write ``wanted``, of dquery, dkey, dvalue and dmask.
+
+    ``given`` has query, key, value, mask, grad_out, out, lse and grad_lse; mask and grad_lse may be None.
+    """
+    for gradient in wanted.values():
+        if len(plan.segments) > 1:
+            gradient[...] = 0  # sequences without a query or without a key reach no kernel
+    together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
+    groups = [("dquery", ""), *([("dkey", "dvalue")] if together else [("dkey", ""), ("", "dvalue")])]
+    for segment in plan.segments:
+        part, arrays_of, specs = _cut(plan, {**given, **wanted}, segment)
+        if 0 in (part.length_q, part.length_k):
+            continue
+        inputs = {name: array for name, array in arrays_of.items() if name not in wanted}
+        for dx, dxv in groups:
+            written = {name: arrays_of[name] for name in (dx, dxv) if name in arrays_of}
+            if any(0 not in array.shape for array in written.values()):
+                call = launch_attention.attention_backward(part, specs, dx, dxv)
+                machine(call, inputs, written)
+        if "dmask" in arrays_of:
+            call = launch_attention.attention_mask_gradient(part, specs)
+            machine(call, inputs, {"dmask": arrays_of["dmask"]})
+
+
+def _cut(
+    plan: AttentionPlan, everything: Mapping[str, Any], segment: Segment
+) -> tuple[AttentionPlan, dict[str, Any], dict[str, ArraySpec]]:
+    """One sequence: a plan for it, its arrays with contiguous rows, and these as kernels see them."""
+    first_q, end_q, first_k, end_k = segment
+    found: dict[str, Any] = {}
+    specs: dict[str, ArraySpec] = {}
+    for name, array in everything.items():
+        if array is None:
+            continue
+        if name in _ROWS:
+            array = arrays.with_contiguous_rows(array)
+        rows = slice(first_k, end_k) if name in _OF_KEY else slice(first_q, end_q)
+        if plan.packed:
+            array = array[:, rows]
+        found[name] = array
+        specs[name] = plan.seen_by_kernels(name, arrays.describe(array))
+    part = plan._replace(query=specs["query"], key=specs["key"], value=specs["value"], segments=())
+    return part, found, specs

@@ -1,0 +1,184 @@
+"""What a launch of attention consists of, as in `launch`, whose structs these extend."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import numpy as np
+
+from ..functions import SCORES
+from ..plan import ArraySpec, batch_strides, broadcast_dims, collapse
+from ..plan_attention import AttentionPlan
+from . import registry
+from .launch import _MATRIX, MAX_BATCH_DIMS, Launch, _launch, _offset, _pick, _tiles
+
+NO_MASK, BOOLEAN, ADDITIVE = range(3)
+_MOST = 2**31 - 1
+
+_ATTENTION = np.dtype(
+    [
+        *((name, _MATRIX) for name in ("query", "key", "value", "mask", "lse")),
+        ("mask_column", "i8"),
+        ("batch_shape", "i4", MAX_BATCH_DIMS),
+        *((name, "i4") for name in ("length_q", "length_k", "channels", "channels_v", "score", "mask_kind")),
+        *((name, "i4") for name in ("left", "right")),
+        *((name, "f8") for name in ("scale", "eps")),
+    ],
+    align=True,
+)
+_FORWARD = np.dtype([("a", _ATTENTION), ("out", _MATRIX)], align=True)
+_SAVED = np.dtype(
+    [
+        ("a", _ATTENTION),
+        *((name, _MATRIX) for name in ("out", "grad_out", "grad_lse")),
+        *((name, "i4") for name in ("kept", "summed")),
+    ],
+    align=True,
+)
+_BACKWARD = np.dtype(
+    [("s", _SAVED), ("dx", _MATRIX), ("dxv", _MATRIX), *((name, "i4") for name in ("of_key", "unused"))], align=True
+)
+_MASK_GRADIENT = np.dtype(
+    [
+        ("s", _SAVED),
+        ("dmask", _MATRIX),
+        ("dmask_column", "i8"),
+        *((name, "i4") for name in ("one_row", "one_column")),
+    ],
+    align=True,
+)
+_SHARED = ("query", "key", "value", "mask", "lse")
+_GIVEN = ("out", "grad_out", "grad_lse")
+
+
+def attention_forward(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
+    """The launch that computes out and lse. Arrays: query, key, value, mask, out, lse, by the names of ``specs``."""
+    return _forward(registry.generation(), plan, tuple(specs.items()))
+
+
+def attention_backward(plan: AttentionPlan, specs: Mapping[str, ArraySpec], dx: str, dxv: str) -> Launch:
+    """The launch that computes dquery, or dkey, dvalue or both: "" is one that is not wanted."""
+    return _backward(registry.generation(), plan, tuple(specs.items()), dx, dxv)
+
+
+def attention_mask_gradient(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
+    """The launch that computes dmask."""
+    return _mask_gradient(registry.generation(), plan, tuple(specs.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
+    variant = _pick("attention_forward", plan)
+    args, known = np.zeros((), _FORWARD), dict(specs)
+    matrices = _shared(known, args["a"]) | {"out": (args, "out")}
+    _fill_batch(args["a"], plan, known, matrices, range(len(plan.batch)))
+    _fill_attention(args["a"], plan, known)
+    blocks = _tiles(plan.length_q, variant, "BLOCK_Q") * max(1, _tiles(plan.channels_v, variant, "BLOCK_V"))
+    places = {**_offsets(_FORWARD, "a", _SHARED), "out": _offset(_FORWARD, "out")}
+    return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places.items())
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward(
+    _generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], dx: str, dxv: str
+) -> Launch:
+    variant = _pick("attention_backward", plan)
+    args, known = np.zeros((), _BACKWARD), dict(specs)
+    owner = plan.query if dx == "dquery" else plan.key if dx else plan.value
+    own = {name: field for field, name in (("dx", dx), ("dxv", dxv)) if name in known}
+    kept = _fill_saved(args, plan, known, owner, own)
+    args["of_key"] = dx != "dquery"
+    channels = plan.channels + (plan.channels_v if args["of_key"] else 0)
+    tiles = _tiles(owner.shape[-2], variant, "BLOCK_X") * _tiles(channels, variant, "BLOCK_E")
+    return _launch(variant, plan, args, kept * tiles, _saved_places(_BACKWARD, own))
+
+
+@functools.lru_cache(maxsize=1024)
+def _mask_gradient(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
+    names = {variant.name for variant in registry.variants("attention_mask_gradient")}
+    if plan.options.variant not in names:  # it is one of the other gradients alone
+        plan = plan._replace(options=plan.options._replace(variant=None))
+    variant = _pick("attention_mask_gradient", plan)
+    args, known = np.zeros((), _MASK_GRADIENT), dict(specs)
+    dmask = known["dmask"]
+    kept = _fill_saved(args, plan, known, dmask, {"dmask": "dmask"})
+    rows, columns = dmask.shape[-2:]
+    args["dmask_column"] = dmask.strides[-1]
+    args["one_row"], args["one_column"] = rows < plan.length_q, columns < plan.length_k
+    tiles = _tiles(rows, variant, "BLOCK_Q") * _tiles(columns, variant, "BLOCK_K")
+    return _launch(variant, plan, args, kept * tiles, _saved_places(_MASK_GRADIENT, {"dmask": "dmask"}))
+
+
+def _fill_saved(
+    args: np.ndarray,
+    plan: AttentionPlan,
+    specs: Mapping[str, ArraySpec],
+    owner: ArraySpec,
+    own: Mapping[str, str],
+) -> int:
+    """All but the addresses, for gradients like ``owner`` in the fields ``own``; returns how many matrices they are."""
+    saved = args["s"]
+    matrices = _shared(specs, saved["a"]) | {name: (saved, name) for name in _GIVEN if name in specs}
+    matrices |= {name: (args, field) for name, field in own.items()}
+    shared = broadcast_dims(owner, plan.batch)
+    _fill_batch(saved["a"], plan, specs, matrices, sorted(range(len(shared)), key=lambda dim: shared[dim]))
+    _fill_attention(saved["a"], plan, specs)
+    saved["summed"] = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
+    saved["kept"] = math.prod(plan.batch) // int(saved["summed"])
+    return int(saved["kept"])
+
+
+def _shared(specs: Mapping[str, ArraySpec], args: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
+    """Where the arrays of struct Attention go."""
+    return {name: (args, name) for name in _SHARED if name in specs}
+
+
+def _fill_batch(
+    attention: np.ndarray,
+    plan: AttentionPlan,
+    specs: Mapping[str, ArraySpec],
+    matrices: Mapping[str, tuple[np.ndarray, str]],
+    order: Iterable[int],
+) -> None:
+    """Batch shape and the strides of all matrices, with the batch dimensions in ``order``."""
+    order = list(order)
+    strides = [batch_strides(specs[name], plan.batch) for name in matrices]
+    shape, strides = collapse(
+        tuple(plan.batch[dim] for dim in order), [tuple(s[dim] for dim in order) for s in strides]
+    )
+    if len(shape) > MAX_BATCH_DIMS:
+        raise ValueError(
+            "query, key, value and attn_mask must have batch dimensions whose strides merge into at most "
+            f"{MAX_BATCH_DIMS}, got batch {plan.batch}; call contiguous() first"
+        )
+    missing = MAX_BATCH_DIMS - len(shape)
+    attention["batch_shape"] = (1,) * missing + shape
+    for (name, (target, field)), stride in zip(matrices.items(), strides, strict=True):
+        target[field] = (0, (0,) * missing + stride, specs[name].strides[-2])
+
+
+def _fill_attention(attention: np.ndarray, plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> None:
+    """Sizes and options."""
+    attention["length_q"], attention["length_k"] = plan.length_q, plan.length_k
+    attention["channels"], attention["channels_v"] = plan.channels, plan.channels_v
+    attention["score"] = SCORES[plan.options.score]
+    attention["scale"], attention["eps"] = plan.options.scale, plan.options.eps
+    attention["left"], attention["right"] = (min(n, _MOST) for n in plan.window)
+    if plan.mask is not None:
+        attention["mask_kind"] = BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
+        attention["mask_column"] = specs["mask"].strides[-1]
+
+
+def _offsets(struct_type: np.dtype, field: str, names: Iterable[str]) -> dict[str, int]:
+    """Bytes before each of ``names`` in the struct that ``field`` is."""
+    inner = cast(Mapping, struct_type.fields)[field]
+    return {name: inner[1] + _offset(inner[0], name) for name in names}
+
+
+def _saved_places(struct_type: np.dtype, own: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Where the address of each array goes, in a struct that starts with AttentionSaved."""
+    places = _offsets(struct_type, "s", _GIVEN) | _offsets(_SAVED, "a", _SHARED)
+    return [*places.items(), *((name, _offset(struct_type, field)) for name, field in own.items())]

@@ -1,0 +1,22 @@
+"""Fused attention on the backend "emulator"; see `backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..cuda import calls_attention
+from ..plan_attention import AttentionPlan
+from .backend import _run
+
+
+def attention_forward(
+    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+) -> None:
+    """Write the result to ``out`` and its log-sum-exp to ``lse``."""
+    calls_attention.attention_forward(_run, plan, query, key, value, mask, out, lse)
+
+
+def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Write ``wanted``, of dquery, dkey and dvalue, from ``given``."""
+    calls_attention.attention_backward(_run, plan, given, wanted)

@@ -1,0 +1,321 @@
+"""Every check of the fused attention and every error message; as `plan`, of which it uses the parts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from . import plan
+from .plan import ArraySpec, Options, Shape
+
+UNLIMITED = -1
+
+#: Arrays that may be None.
+OPTIONAL = ("attn_mask", "grad_lse")
+
+#: First query, end of the queries, first key and end of the keys of one sequence of a batch.
+Segment = tuple[int, int, int, int]
+
+
+class AttentionPlan(NamedTuple):
+    """A checked call. Arrays are as kernels see them: all batch dimensions broadcast to ``batch``.
+
+    With ``groups``, heads are two dimensions, heads of key and queries that share one. ``window`` is (left, right),
+    `UNLIMITED` or a number of keys each. ``packed`` tells that (total, heads, E) is the order of the arrays in memory;
+    ``segments`` are the sequences.
+    """
+
+    query: ArraySpec
+    key: ArraySpec
+    value: ArraySpec
+    mask: ArraySpec | None
+    batch: Shape
+    out_shape: Shape
+    groups: tuple[int, int] | None
+    window: tuple[int, int]
+    segments: tuple[Segment, ...]
+    packed: bool
+    options: Options
+
+    @property
+    def length_q(self) -> int:
+        return self.query.shape[-2]
+
+    @property
+    def length_k(self) -> int:
+        return self.key.shape[-2]
+
+    @property
+    def channels(self) -> int:
+        return self.query.shape[-1]
+
+    @property
+    def channels_v(self) -> int:
+        return self.value.shape[-1]
+
+    @property
+    def lse_shape(self) -> Shape:
+        return self.out_shape[:-1]
+
+    @property
+    def lse_dtype(self) -> str:
+        return "float64" if self.query.dtype == "float64" else "float32"
+
+    def seen_by_kernels(self, name: str, spec: ArraySpec) -> ArraySpec:
+        """Any array of a call, by its name: a matrix for each batch entry, with heads as in `groups`."""
+        if name in ("mask", "dmask"):
+            spec = _as_matrix(spec)
+        elif name in ("lse", "grad_lse"):  # a column
+            spec = spec._replace(shape=(*spec.shape, 1), strides=(*spec.strides, 0))
+        if self.groups is None or name == "delta":
+            return spec
+        return _lone(spec) if name in ("key", "value", "dkey", "dvalue") else _split_heads(spec, *self.groups)
+
+
+class AttentionOptions(NamedTuple):
+    """The options of attention of the right types; ``window`` with causality taken in."""
+
+    enable_gqa: bool
+    left: int
+    right: int
+    score: str
+    scale: float
+    eps: float
+    backend: str | None
+    variant: str | None
+
+
+def check_dropout(dropout_p: Any) -> None:
+    """Raise unless there is no dropout."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real) or not 0 <= float(dropout_p) <= 1:
+        raise ValueError(f"dropout_p must be a number from 0 to 1, got {dropout_p!r}")
+    if float(dropout_p) > 0:
+        raise NotImplementedError(
+            f"dropout_p must be 0.0, as dropout of attention weights is not built, got {dropout_p!r}; apply "
+            "torch.nn.functional.dropout to the result, or to softmax(l1_scores(query, key)) before @ value"
+        )
+
+
+def option_types(
+    enable_gqa: Any,
+    is_causal: Any,
+    window: Any,
+    score: str,
+    scale: float,
+    eps: float,
+    backend: str | None,
+    variant: str | None,
+) -> AttentionOptions:
+    """Check the types of the options, and that numbers are in their range."""
+    for name, flag in (("enable_gqa", enable_gqa), ("is_causal", is_causal)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    _check_window(window)
+    left, right = band(is_causal, window)
+    return AttentionOptions(enable_gqa, left, right, *plan.option_types(score, scale, eps, backend, variant))
+
+
+def band(is_causal: bool, window: Sequence[int] | None) -> tuple[int, int]:
+    """How many keys before and after its own place a query may attend to."""
+    left, right = (UNLIMITED, UNLIMITED) if window is None else (window[0], window[1])
+    return left, 0 if is_causal else right
+
+
+def _check_window(window: Any) -> None:
+    if window is None:
+        return
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be None or (left, right), got {window!r}")
+    for number in window:
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise TypeError(f"window must have whole numbers (left, right), got {window!r}")
+        if number < UNLIMITED:
+            raise ValueError(f"window must have numbers from 0 on, or -1 for no limit, got {window!r}")
+
+
+@functools.lru_cache(maxsize=1024)
+def attention(
+    query: ArraySpec,
+    key: ArraySpec,
+    value: ArraySpec,
+    mask: ArraySpec | None,
+    options: AttentionOptions,
+    segments: tuple[Segment, ...] | None = None,
+) -> AttentionPlan:
+    """Check a call of `l1_attention`; the errors are the ones its docstring lists.
+
+    With ``segments`` the arrays are packed sequences with heads before lengths.
+    """
+    arrays = {"query": query, "key": key, "value": value}
+    for name, spec in arrays.items():
+        plan.check_array(name, spec)
+        _check_like_query(name, query, spec)
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have length {key.shape[-2]} to match key {key.shape}, got {value.shape}")
+    plan.check_range(query.dtype, options.scale, options.eps)
+    checked = plan.check_options(
+        options.score, options.scale, options.eps, options.backend, options.variant, query.device
+    )
+    groups = _groups(query, key, value) if options.enable_gqa else None
+    heads = [_split_heads(query, *groups), _lone(key), _lone(value)] if groups else [query, key, value]
+    batch = _broadcast(query, heads, tuple(arrays.values()))
+    merged = (*batch[:-2], batch[-2] * batch[-1]) if groups else batch
+    out_shape = (*merged, query.shape[-2], value.shape[-1])
+    if mask is not None:
+        _check_mask(mask, query, (*merged, query.shape[-2], key.shape[-2]))
+        mask = _as_matrix(mask)
+        mask = _split_heads(mask, *groups) if groups else mask
+    whole = ((0, query.shape[-2], 0, key.shape[-2]),)
+    return AttentionPlan(
+        heads[0],
+        heads[1],
+        heads[2],
+        mask,
+        batch,
+        out_shape,
+        groups,
+        (options.left, options.right),
+        whole if segments is None else segments,
+        segments is not None,
+        checked,
+    )
+
+
+def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec) -> None:
+    plan.check_same("framework", "come from the same library as query", query, spec, name)
+    plan.check_same("dtype", "have query's dtype", query, spec, name)
+    plan.check_same("device", "be on query's device", query, spec, name)
+
+
+def _groups(query: ArraySpec, key: ArraySpec, value: ArraySpec) -> tuple[int, int]:
+    """Heads of key, and queries that share one."""
+    for name, spec in (("query", query), ("key", key), ("value", value)):
+        if len(spec.shape) < 3:
+            raise ValueError(
+                f"{name} must have at least 3 dimensions (..., heads, length, head_dim) with enable_gqa, "
+                f"got {spec.shape}"
+            )
+    heads_q, heads_k = query.shape[-3], key.shape[-3]
+    if value.shape[-3] != heads_k:
+        raise ValueError(f"value must have {heads_k} heads to match key {key.shape}, got {value.shape}")
+    if heads_k == 0 or heads_q % heads_k:
+        raise ValueError(f"query must have a multiple of the {heads_k} heads of key {key.shape}, got {query.shape}")
+    return heads_k, heads_q // heads_k
+
+
+def _split_heads(spec: ArraySpec, heads: int, group: int) -> ArraySpec:
+    """The heads, dimension -3, as ``heads`` times ``group``; one head for all stays one."""
+    if len(spec.shape) < 3:
+        return spec
+    n, stride = spec.shape[-3], spec.strides[-3]
+    shape = (1, 1) if n == 1 else (heads, group)
+    return spec._replace(
+        shape=(*spec.shape[:-3], *shape, *spec.shape[-2:]),
+        strides=(*spec.strides[:-3], group * stride, stride, *spec.strides[-2:]),
+    )
+
+
+def _lone(spec: ArraySpec) -> ArraySpec:
+    """With a dimension of 1 after the heads, for the queries that share one."""
+    return spec._replace(
+        shape=(*spec.shape[:-2], 1, *spec.shape[-2:]), strides=(*spec.strides[:-2], 0, *spec.strides[-2:])
+    )
+
+
+def _broadcast(query: ArraySpec, specs: Sequence[ArraySpec], given: Sequence[ArraySpec]) -> Shape:
+    """The batch dimensions of all three broadcast, as in `torch.matmul`."""
+    batch: Shape = ()
+    for name, spec, own in zip(("query", "key", "value"), specs, given, strict=True):
+        try:
+            batch = plan.broadcast_shapes(batch, spec.shape[:-2])
+        except ValueError:
+            raise ValueError(
+                f"{name} must have batch dimensions that broadcast with {batch} to match query {query.shape}, "
+                f"got {own.shape}"
+            ) from None
+    return batch
+
+
+def _check_mask(mask: ArraySpec, query: ArraySpec, shape: Shape) -> None:
+    """Raise unless the mask fits scores of ``shape``."""
+    plan.check_dense("attn_mask", mask)
+    if mask.dtype not in ("bool", query.dtype):
+        raise TypeError(f"attn_mask must be bool or have query's dtype ({query.dtype}), got {mask.dtype}")
+    plan.check_same("framework", "come from the same library as query", query, mask, "attn_mask")
+    plan.check_same("device", "be on query's device", query, mask, "attn_mask")
+    missing = len(shape) - len(mask.shape)
+    own = (1,) * missing + mask.shape
+    if missing < 0 or any(n not in (1, wanted) for n, wanted in zip(own, shape, strict=True)):
+        raise ValueError(f"attn_mask must broadcast to the shape {shape} of the scores, got {mask.shape}")
+
+
+def _as_matrix(mask: ArraySpec) -> ArraySpec:
+    """The mask with at least two dimensions, and stride 0 where it is broadcast."""
+    added = max(0, 2 - len(mask.shape))
+    shape, strides = (1,) * added + mask.shape, (0,) * added + mask.strides
+    return mask._replace(shape=shape, strides=tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True)))
+
+
+def check_dmask(mask: ArraySpec | None, return_dmask: bool) -> None:
+    """Raise where the gradient of a mask is asked for that has none."""
+    if return_dmask and (mask is None or mask.dtype == "bool"):
+        got = "None" if mask is None else "a bool mask"
+        raise ValueError(f"return_dmask needs an attn_mask that is added to the scores, got {got}")
+
+
+def check_packed(name: str, shape: Shape) -> None:
+    """Raise unless ``shape`` is that of packed sequences."""
+    if len(shape) != 3:
+        raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got {shape}")
+
+
+def segments(cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], total_q: int, total_k: int) -> tuple:
+    """The sequences that cumulative lengths describe."""
+    for name, ends, array, total in (
+        ("cu_seqlens_q", cu_seqlens_q, "query", total_q),
+        ("cu_seqlens_k", cu_seqlens_k, "key", total_k),
+    ):
+        rising = all(a <= b for a, b in itertools.pairwise(ends))
+        if not ends or ends[0] != 0 or ends[-1] != total or not rising:
+            raise ValueError(
+                f"{name} must rise from 0 to the {total} rows of {array}, got {_shortened(ends)}; "
+                "it has the first row of each sequence, and the end of the last"
+            )
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_k must be of as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}, "
+            f"got {len(cu_seqlens_k) - 1}"
+        )
+    return tuple(zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True))
+
+
+def _shortened(numbers: Sequence[int]) -> str:
+    return str(list(numbers)) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8]))}, ...]"
+
+
+@functools.lru_cache(maxsize=1024)
+def attention_backward(
+    call: AttentionPlan, grad_out: ArraySpec, out: ArraySpec, lse: ArraySpec, grad_lse: ArraySpec | None
+) -> None:
+    """Check what `l1_attention_backward` takes beside the arguments of ``call``."""
+    query = call.query
+    for name, spec in (("grad_out", grad_out), ("out", out)):
+        plan.check_array(name, spec)
+        _check_like_query(name, query, spec)
+        if spec.shape != call.out_shape:
+            raise ValueError(f"{name} must have the shape {call.out_shape} of the result, got {spec.shape}")
+    for name, row in (("lse", lse), ("grad_lse", grad_lse)):
+        if row is None:
+            continue
+        plan.check_dense(name, row)
+        if row.dtype != call.lse_dtype:
+            raise TypeError(f"{name} must have dtype {call.lse_dtype}, got {row.dtype}")
+        plan.check_same("framework", "come from the same library as query", query, row, name)
+        plan.check_same("device", "be on query's device", query, row, name)
+        if row.shape != call.lse_shape:
+            raise ValueError(f"{name} must have the shape {call.lse_shape}, got {row.shape}")

@@ -1,0 +1,183 @@
+"""Fused attention: its time beside other ways to the same result, what causality saves, and its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchlib import report
+from benchlib.peers import EPS, OURS, Unavailable, import_ours
+from benchlib.probe import in_fresh_process
+from benchlib.settings import Settings
+from benchlib.timing import CpuClock, CudaClock
+from benchlib.verify import WrongResult
+
+SHAPE = (8, 1024, 1024, 64)
+CAUSAL_SHAPE = (1, 4096, 4096, 64)
+LONGEST_S = 20.0  # of one peer; at least two rounds
+
+Function = Callable[[Any, Any, Any], Any]
+
+
+def naive(query: Any, key: Any, value: Any) -> Any:
+    """The formula by broadcasting, for torch.compile."""
+    distance = (query[..., :, None, :] - key[..., None, :, :]).abs().sum(-1)
+    return torch.softmax(1.0 / (EPS + distance), -1) @ value
+
+
+def cdist(query: Any, key: Any, value: Any) -> Any:
+    return torch.softmax(1.0 / (EPS + torch.cdist(query, key, p=1.0)), -1) @ value
+
+
+def keops() -> Function:
+    """KeOps' own fused softmax and weighted sum."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import pykeops
+            from pykeops.torch import LazyTensor
+    except Exception as error:
+        raise Unavailable(f"KeOps: {error}; pip install 'l1attn_cupy[bench]', it needs a C++ compiler") from error
+    pykeops.set_verbose(False)
+
+    def function(query: Any, key: Any, value: Any) -> Any:
+        lazy_q, lazy_k = LazyTensor(query[..., :, None, :]), LazyTensor(key[..., None, :, :])
+        scores = 1.0 / ((lazy_q - lazy_k).abs().sum(-1) + EPS)
+        return scores.sumsoftmaxweight(LazyTensor(value[..., None, :, :]), dim=query.ndim - 1)
+
+    return function
+
+
+def makers(settings: Settings) -> dict[str, Callable[[], Function]]:
+    """The contenders among the peers asked for; dot-product attention is not one, but what L1 costs more than."""
+    l1 = import_ours()
+    found: dict[str, Callable[[], Function]] = {
+        OURS: lambda: lambda q, k, v: l1.l1_attention(q, k, v, eps=EPS),
+        "cdist": lambda: cdist,
+        "compile": lambda: torch.compile(naive, fullgraph=True, dynamic=False),
+        "keops": keops,
+    }
+    chosen = {name: make for name, make in found.items() if name in settings.peers}
+    return chosen | {"dot product": lambda: torch.nn.functional.scaled_dot_product_attention}
+
+
+def inputs(shape: tuple[int, int, int, int], device: str) -> list[Any]:
+    """Query, key, value and a gradient of the result, normal."""
+    batch, length_q, length_k, channels = shape
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        torch.randn(batch, length, channels, generator=generator, device=device)
+        for length in (length_q, length_k, length_k, length_q)
+    ]
+
+
+def check(function: Function, query: Any, key: Any, value: Any) -> None:
+    """Raise WrongResult unless some rows of the first head are those of the formula in float64."""
+    q, k, v = query[0, :16].double(), key[0].double(), value[0].double()
+    scores = torch.stack([1.0 / (EPS + (row - k).abs().sum(-1)) for row in q])
+    weights = torch.softmax(scores, -1)
+    error = ((function(query, key, value)[0, :16] - weights @ v).abs() / (weights @ v.abs())).max().item()
+    # A sum of E channels, F, the exponent of a score of this size, and a sum of S weights.
+    eps = torch.finfo(torch.float32).eps
+    bound = 2 * eps * ((query.shape[-1] + 4) * scores.max().item() + key.shape[-2] + 16)
+    if not error <= bound:
+        raise WrongResult(f"off by {error:.1e}, bound {bound:.1e}")
+
+
+def time_interleaved(steps: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, list[float]]:
+    """Milliseconds of each step in every round; all in turn, so that a busy moment hits all alike."""
+    clock: Any = CudaClock() if settings.cuda else CpuClock()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(settings.rounds):
+        for name, step in steps.items():
+            if turn >= 2 and sum(times[name]) > 1e3 * LONGEST_S:
+                continue
+            clock.before_sample()
+            clock.before_call()
+            start = clock.stamp()
+            step()
+            times[name].append(1e3 * clock.between(start, clock.stamp()).wall)
+    return times
+
+
+def step_of(function: Function, arrays: list[Any], backward: bool) -> Callable[[], Any]:
+    """One call, without gradients or with all three."""
+    *given, grad = arrays
+    leaves = [x.detach().requires_grad_(backward) for x in given]
+    if backward:
+        return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+    return lambda: function(*leaves)
+
+
+def contest(settings: Settings) -> tuple[list[list[object]], list[dict[str, Any]]]:
+    """Lines and records of all contenders, forward and forward + backward."""
+    arrays = inputs(SHAPE, settings.device)
+    functions: dict[str, Function] = {}
+    lines: list[list[object]] = []
+    for name, make in makers(settings).items():
+        try:
+            functions[name] = make()
+            if name != "dot product":
+                check(functions[name], *arrays[:3])
+        except Exception as error:  # a line that says why, not the end of the run
+            functions.pop(name, None)
+            lines.append(["-", name, "-", "-", "-", str(error).strip().splitlines()[0][:120]])
+    records, l1 = [], import_ours()
+    for op in ("forward", "forward+backward"):
+        steps = {name: step_of(function, arrays, op != "forward") for name, function in functions.items()}
+        if op == "forward" and OURS in functions:
+            steps["scores alone"] = lambda: l1.l1_scores(*arrays[:2], eps=EPS)
+        for step in steps.values():
+            step()
+        times = time_interleaved(steps, settings)
+        for name, series in times.items():
+            both = zip(series, times.get(OURS, ()), strict=False)
+            ratio = statistics.median([theirs / own for theirs, own in both]) if OURS in times else None
+            median = statistics.median(series)
+            spread = report.spread(min(series), max(series))
+            lines.append([op, name, report.number(median), spread, report.number(ratio, "x"), ""])
+            records.append({"op": op, "peer": name, "ms": median, "of ours": ratio, "rounds": len(series)})
+    return lines, records
+
+
+def causal(settings: Settings) -> list[list[object]]:
+    """Full against causal, of ours."""
+    l1, arrays = import_ours(), inputs(CAUSAL_SHAPE, settings.device)
+    lines: list[list[object]] = []
+    for op in ("forward", "forward+backward"):
+        kinds: dict[str, Function] = {
+            "full": lambda q, k, v: l1.l1_attention(q, k, v, eps=EPS),
+            "causal": lambda q, k, v: l1.l1_attention(q, k, v, is_causal=True, eps=EPS),
+        }
+        steps = {name: step_of(function, arrays, op != "forward") for name, function in kinds.items()}
+        for step in steps.values():
+            step()
+        times = time_interleaved(steps, settings)
+        ratio = statistics.median([a / b for a, b in zip(times["full"], times["causal"], strict=True)])
+        medians = [report.number(statistics.median(times[name])) for name in steps]
+        lines.append([op, *medians, report.number(ratio, "x"), ""])
+    return lines
+
+
+def attention(settings: Settings) -> dict[str, Any]:
+    """Print all of it; the figures as a dictionary."""
+    lines, records = contest(settings)
+    print(f"\nAttention, {SHAPE} float32: softmax(1 / (eps + distance)) @ value; dot product: torch's SDPA")
+    print(report.table(["op", "peer", "ms", "min..max", "of ours", "note"], lines), flush=True)
+    saved = causal(settings)
+    print(f"\nAttention of ours, {CAUSAL_SHAPE} float32, ms")
+    print(report.table(["op", "full", "causal", "faster by", ""], saved), flush=True)
+    length = 8192 if settings.quick else 65536
+    options = ("--device", settings.device, "--length", str(length))
+    memory = {op: in_fresh_process("attention-memory", "--op", op, *options) for op in ("forward", "backward")}
+    print(f"\nAttention of ours, (1, {length}, {length}, 64) float32, MiB; beyond: neither inputs nor outputs")
+    table = []
+    for op, found in memory.items():
+        figures = [report.number(found.get(key)) for key in ("peak_mib", "outputs_mib", "extra_mib", "seconds")]
+        table.append([op, *figures, found.get("error", f"the matrix of scores would be {length**2 / 2**18:.0f} MiB")])
+    print(report.table(["op", "added", "outputs", "beyond", "seconds", "note"], table), flush=True)
+    return {"contest": records, "causal": saved, "memory": memory}

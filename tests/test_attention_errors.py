@@ -1,0 +1,224 @@
+"""Every wrong call of attention is an error that names the argument, what is required and what came."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_plan_errors import WRONG_ARRAYS, WRONG_OPTIONS, WRONG_TENSORS
+
+import l1attn_cupy as l1
+from l1attn_cupy import plan_attention
+
+X = np.zeros((3, 4), np.float32)
+T = torch.zeros(3, 4)
+LIBRARIES = pytest.mark.parametrize("x", [X, T], ids=["numpy", "torch"])
+
+
+def good(x, **changed):
+    """The arguments of `l1_attention_backward`, some of them changed."""
+    lse = x[:, 0]
+    return {"grad_out": x, "query": x, "key": x, "value": x, "out": x, "lse": lse, **changed}
+
+
+def zeros(x, *shape):
+    return np.zeros(shape, np.float32) if isinstance(x, np.ndarray) else torch.zeros(shape)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("case", WRONG_ARRAYS)
+def test_attention_wrong_array(case, name):
+    wrong, error, message = WRONG_ARRAYS[case]
+    with pytest.raises(error, match=message.format(name=name)):
+        l1.l1_attention(**{"query": X, "key": X, "value": X, name: wrong})
+    with pytest.raises(error, match=message.format(name=name)):
+        l1.l1_attention_backward(**good(X, **{name: wrong}))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_attention_wrong_tensor(case, name):
+    wrong, error, message = WRONG_TENSORS[case]
+    with pytest.raises(error, match=message.format(name=name)):
+        l1.l1_attention(**{"query": T, "key": T, "value": T, name: wrong})
+
+
+@LIBRARIES
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_attention_wrong_option(case, x):
+    options, error, message = WRONG_OPTIONS[case]
+    if options.get("backend") == "cuda":
+        message = "backend 'cuda' takes arrays on a CUDA device"
+    with pytest.raises(error, match=message):
+        l1.l1_attention(x, x, x, **options)
+
+
+def heads(x, of_key, of_value):
+    """Key and value with so many heads, which queries share."""
+    return {"key": zeros(x, of_key, 3, 4), "value": zeros(x, of_value, 3, 4), "enable_gqa": True}
+
+
+WRONG = {
+    "head_dim": (lambda x: {"key": zeros(x, 3, 5)}, "key must have head_dim 4 to match query (3, 4), got (3, 5)"),
+    "length of value": (
+        lambda x: {"value": zeros(x, 5, 4)},
+        "value must have length 3 to match key (3, 4), got (5, 4)",
+    ),
+    "batch of key": (
+        lambda x: {"query": zeros(x, 2, 3, 4), "key": zeros(x, 5, 3, 4)},
+        "key must have batch dimensions that broadcast with (2,) to match query (2, 3, 4), got (5, 3, 4)",
+    ),
+    "batch of value": (
+        lambda x: {"query": zeros(x, 2, 3, 4), "value": zeros(x, 5, 3, 4)},
+        "value must have batch dimensions that broadcast with (2,) to match query (2, 3, 4), got (5, 3, 4)",
+    ),
+    "heads without dimension": (
+        lambda x: {"enable_gqa": True},
+        "query must have at least 3 dimensions (..., heads, length, head_dim) with enable_gqa, got (3, 4)",
+    ),
+    "heads no multiple": (
+        lambda x: {"query": zeros(x, 5, 3, 4), **heads(x, 2, 2)},
+        "query must have a multiple of the 2 heads of key (2, 3, 4), got (5, 3, 4)",
+    ),
+    "heads of value": (
+        lambda x: {"query": zeros(x, 4, 3, 4), **heads(x, 2, 1)},
+        "value must have 2 heads to match key (2, 3, 4), got (1, 3, 4)",
+    ),
+    "mask too long": (
+        lambda x: {"attn_mask": zeros(x, 3, 4)},
+        "attn_mask must broadcast to the shape (3, 3) of the scores, got (3, 4)",
+    ),
+    "mask with more dimensions": (
+        lambda x: {"attn_mask": zeros(x, 1, 3, 3)},
+        "attn_mask must broadcast to the shape (3, 3) of the scores, got (1, 3, 3)",
+    ),
+    "dropout of 2": (lambda x: {"dropout_p": 2}, "dropout_p must be a number from 0 to 1, got 2"),
+    "dropout is True": (lambda x: {"dropout_p": True}, "dropout_p must be a number from 0 to 1, got True"),
+    "window below -1": (
+        lambda x: {"window": (3, -2)},
+        "window must have numbers from 0 on, or -1 for no limit, got (3, -2)",
+    ),
+}
+WRONG_TYPES = {
+    "mask of integers": (lambda x: {"attn_mask": np.ones((3, 3), np.int64)}, "attn_mask must be bool or have query's"),
+    "mask of another float": (lambda x: {"attn_mask": np.ones((3, 3))}, "attn_mask must be bool or have query's dtype"),
+    "mask is a list": (lambda x: {"attn_mask": [[True] * 3] * 3}, "attn_mask must be a NumPy .* got list"),
+    "value of another dtype": (lambda x: {"value": X.astype(np.float64)}, "value must have query's dtype"),
+    "window of floats": (lambda x: {"window": (1.0, 2)}, "window must have whole numbers"),
+    "window is a number": (lambda x: {"window": 3}, r"window must be None or \(left, right\), got 3"),
+    "window of three": (lambda x: {"window": (1, 2, 3)}, r"window must be None or \(left, right\)"),
+    "window of bools": (lambda x: {"window": (True, 2)}, "window must have whole numbers"),
+    "causal is a number": (lambda x: {"is_causal": 1}, "is_causal must be True or False, got 1"),
+    "gqa is None": (lambda x: {"enable_gqa": None}, "enable_gqa must be True or False, got None"),
+}
+
+
+@LIBRARIES
+@pytest.mark.parametrize("case", WRONG)
+def test_attention_wrong_value(case, x):
+    change, message = WRONG[case]
+    arguments = {"query": x, "key": x, "value": x, **change(x)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        l1.l1_attention(**arguments)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_attention_wrong_type(case, x):
+    change, message = WRONG_TYPES[case]
+    changed = change(x)
+    if isinstance(x, torch.Tensor):
+        changed = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in changed.items()}
+    with pytest.raises(TypeError, match=message):
+        l1.l1_attention(**{"query": x, "key": x, "value": x, **changed})
+
+
+@LIBRARIES
+def test_attention_dropout_says_what_to_do(x):
+    with pytest.raises(NotImplementedError, match=r"dropout_p must be 0.0.*got 0.1; apply torch.nn.functional.dropout"):
+        l1.l1_attention(x, x, x, None, 0.1)
+
+
+@pytest.mark.parametrize("name", ["key", "value", "attn_mask"])
+def test_attention_device_mismatch(name):
+    here = plan_attention.ArraySpec("torch", (3, 3), (3, 1), "float32", "cpu")
+    specs = {"query": here, "key": here, "value": here, "attn_mask": here, name: here._replace(device="cuda:0")}
+    options = plan_attention.option_types(False, False, None, "inverse", 1.0, 1e-3, None, None)
+    with pytest.raises(ValueError, match=rf"{name} must be on query's device \(cpu\), got cuda:0"):
+        plan_attention.attention(*specs.values(), options)
+
+
+def test_attention_libraries_mixed():
+    for name in ("key", "value", "attn_mask"):
+        for x, other, library in ((X, T, "torch"), (T, X, "numpy")):
+            wrong = other[:, :3] if name == "attn_mask" else other
+            arguments = {"query": x, "key": x, "value": x, name: wrong}
+            with pytest.raises(TypeError, match=rf"must come from the same library as query|got {library}"):
+                l1.l1_attention(**arguments)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("name", ["grad_out", "out", "lse", "grad_lse"])
+def test_attention_backward_wrong_shape(name, x):
+    for shape in ((2, 4), (3, 1), (1, 3, 4), (2,)):
+        with pytest.raises(ValueError, match=rf"{name} must have .*, got {re.escape(str(shape))}"):
+            l1.l1_attention_backward(**good(x, **{name: zeros(x, *shape)}))
+
+
+@LIBRARIES
+@pytest.mark.parametrize("name", ["grad_out", "out", "lse", "grad_lse"])
+def test_attention_backward_wrong_dtype(name, x):
+    fitting = good(x, grad_lse=x[:, 0])[name]
+    wrong = fitting.astype(np.float64) if isinstance(x, np.ndarray) else fitting.double()
+    with pytest.raises(TypeError, match=rf"{name} must have .*float32.*, got float64"):
+        l1.l1_attention_backward(**good(x, **{name: wrong}))
+
+
+@LIBRARIES
+@pytest.mark.parametrize("name", ["grad_out", "out", "lse"])
+def test_attention_backward_array_is_none(name, x):
+    with pytest.raises(TypeError, match=rf"{name} must be a NumPy .* array that speaks DLPack, got NoneType"):
+        l1.l1_attention_backward(**good(x, **{name: None}))
+
+
+@LIBRARIES
+def test_attention_backward_gradient_of_no_mask(x):
+    with pytest.raises(ValueError, match="return_dmask needs an attn_mask that is added to the scores, got None"):
+        l1.l1_attention_backward(**good(x), return_dmask=True)
+    with pytest.raises(ValueError, match=r"return_dmask needs .*, got a bool mask"):
+        l1.l1_attention_backward(**good(x), attn_mask=x[:, :3] == 0, return_dmask=True)
+
+
+PACKED = {
+    "start": ([1, 3], [0, 3], "cu_seqlens_q must rise from 0 to the 3 rows of query, got [1, 3]"),
+    "end": ([0, 3], [0, 2], "cu_seqlens_k must rise from 0 to the 3 rows of key, got [0, 2]"),
+    "falling": ([0, 2, 1, 3], [0, 1, 2, 3], "cu_seqlens_q must rise from 0 to the 3 rows of query, got [0, 2, 1, 3]"),
+    "number": ([0, 3], [0, 1, 3], "cu_seqlens_k must be of as many sequences as cu_seqlens_q, 1, got 2"),
+    "none": ([], [0, 3], "cu_seqlens_q must rise from 0 to the 3 rows of query, got []"),
+}
+
+
+@LIBRARIES
+@pytest.mark.parametrize("case", PACKED)
+def test_varlen_wrong_lengths(case, x):
+    ends_q, ends_k, message = PACKED[case]
+    packed = x[:, None]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        l1.l1_attention_varlen(packed, packed, packed, ends_q, ends_k)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("wrong", [[0.0, 3.0], np.array([0.0, 3.0]), torch.tensor([[0, 3]]), None, 3], ids=str)
+def test_varlen_lengths_of_wrong_type(wrong, x):
+    with pytest.raises(TypeError, match="cu_seqlens_k must be one-dimensional and of integers"):
+        l1.l1_attention_varlen(x[:, None], x[:, None], x[:, None], [0, 3], wrong)
+
+
+@LIBRARIES
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_varlen_wrong_dimensions(name, x):
+    arguments = {"query": x[:, None], "key": x[:, None], "value": x[:, None], name: x}
+    with pytest.raises(ValueError, match=rf"{name} must have 3 dimensions \(total, heads, head_dim\), got \(3, 4\)"):
+        l1.l1_attention_varlen(**arguments, cu_seqlens_q=[0, 3], cu_seqlens_k=[0, 3])

@@ -118,5 +118,6 @@ def test_readme_transcript_is_what_happens(tmp_path, have_gpu):
 
 
 def _figures_aside(text: str) -> list[str]:
-    """Words with every number replaced: registers and errors are the compilers' and the processor's."""
-    return re.sub(r"\d+(\.\d+)?", "N", text).split()
+    """Words with every number replaced, and what limits occupancy: these are the compilers' and the processor's."""
+    numbers = re.sub(r"\d+(\.\d+)?", "N", text)
+    return re.sub(r"\b(regs|smem|threads|blocks) +(?=N)", "LIMIT ", numbers).split()

@@ -75,7 +75,7 @@ def run(wanted: Wanted, output: Path | None) -> int:
             entries.append(tuning.Entry(*key, by, best.chosen))
     if entries:
         tuning.write(file, entries)
-        out.print(f"{file}: {len(entries)} winners written{_reach(file)}")
+        out.print(f"written to {file}{_reach(file)}")
     if len(entries) < len(cases):
         out.print(f"no winner for {len(cases) - len(entries)} of {len(cases)} shapes and dtypes")
     return int(len(entries) < len(cases))

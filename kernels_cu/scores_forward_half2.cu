@@ -78,12 +78,17 @@ __device__ __forceinline__ void add_rows(float (&sum)[4], const __half2 (&up)[2]
     }
 #endif
 #else
-    const float of_up = __low2float(up[0]) + __high2float(up[0]) + (__low2float(up[1]) + __high2float(up[1]));
-    const float of_down = __low2float(down[0]) + __high2float(down[0]) + (__low2float(down[1]) + __high2float(down[1]));
-    float sums[2] = {of_up, of_down};
-    for (int n = 0; n < 4; ++n) sums[n % 2] += __shfl_xor_sync(0xffffffff, sums[n % 2], 1 + n / 2);
+    struct Rows {
+        float sum[2];
+    } mine;  // 8 bytes, which one shuffle of the emulator moves
+    mine.sum[0] = __low2float(up[0]) + __high2float(up[0]) + (__low2float(up[1]) + __high2float(up[1]));
+    mine.sum[1] = __low2float(down[0]) + __high2float(down[0]) + (__low2float(down[1]) + __high2float(down[1]));
+    for (int with = 1; with < 4; with *= 2) {
+        const Rows other = __shfl_xor_sync(0xffffffff, mine, with);
+        mine.sum[0] += other.sum[0], mine.sum[1] += other.sum[1];
+    }
     for (int n = 0; n < 4; ++n) {
-        if (column == ALL || column == threadIdx.x % 4 * 2 + n % 2) sum[n] += sums[n / 2];
+        if (column == ALL || column == threadIdx.x % 4 * 2 + n % 2) sum[n] += mine.sum[n / 2];
     }
 #endif
 }

@@ -109,7 +109,7 @@ def method(settings: Settings) -> list[str]:
         device, clock = torch.cuda.get_device_name(), "CUDA events; L2 is overwritten before every call"
     else:
         device = report.processor()
-        clock = f"wall time, {settings.threads} threads (SciPy: one); short calls are repeated to 3 ms a sample"
+        clock = f"wall time, {settings.threads} threads (SciPy: one); calls are repeated to 0.1 s a sample"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions().items())
     cache, eager = settings.cache_bytes >> 20, settings.eager_bytes / GIB
     return [
@@ -117,7 +117,7 @@ def method(settings: Settings) -> list[str]:
         f"versions  {versions}",
         "term      one |q - k| added to one sum; backward has B*L*S*E for dquery and as many for dkey",
         f"clock     {clock}",
-        "warm-up   two calls of each op; the first is checked against the float64 formula",
+        "warm-up   two calls of each op, the first checked against the float64 formula; one call before each sample",
         f"inputs    normal; 2 to 16 sets in rotation, together beyond {cache} MiB where 16 are enough",
         f"order     all peers and the limit in turn, up to {settings.rounds} rounds, fewer for slow peers",
         "rates     median (min..max) of the rounds; a ratio is the median of the ratios within a round",

@@ -20,17 +20,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mask_gradient(co
 
     const int lane = threadIdx.x % 32;
     for (int n = threadIdx.x / 32; n < BLOCK_K; n += THREADS / 32) {
-        acc_t sum = 0;
-        for (int b = entry; b < entry + p.s.summed; ++b) {
-            for (int i = row; i < i_end; ++i) {
-                for (int j = column + n; j < j_end; j += BLOCK_K) {
-                    if (j < first_key(a, i) || j >= end_of_keys(a, i)) continue;  // the same for the whole warp
+        if (lane == 0) total[n] = 0;
+    }
+    for (int b = entry; b < entry + p.s.summed; ++b) {
+        for (int i = row; i < i_end; ++i) {
+            const int first = first_key(a, i), end = min(j_end, end_of_keys(a, i));
+            for (int j0 = column; j0 < end; j0 += BLOCK_K) {
+                for (int n = threadIdx.x / 32; n < BLOCK_K; n += THREADS / 32) {
+                    if (j0 + n < first || j0 + n >= end) continue;  // the same for the whole warp
                     acc_t weight, score;
-                    sum += score_gradient(p.s, b, i, j, lane, weight, score);
+                    const acc_t ds = score_gradient(p.s, b, i, j0 + n, lane, weight, score);
+                    if (lane == 0) total[n] += ds;  // always by the same warp
                 }
             }
         }
-        if (lane == 0) total[n] = sum;
     }
     __syncthreads();  // the sums of all columns are there
     scalar_t *dmask = matrix(p.dmask, a.batch_shape, entry) + row * p.dmask.row_stride;

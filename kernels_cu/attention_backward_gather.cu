@@ -7,12 +7,12 @@
 //           thread per channel
 // Cost      B*L*S*(3*E + 2*V) operations for the scores and ds, for every BLOCK_E channels, and 3*B*L*S*E for each dx
 // Delta     nothing is reused but h: the one to read first. One order of summation: the same bits in every run
-// @variant  op=attention_backward dtypes=f32,f16,bf16,f64 BLOCK_X=1 BLOCK_Y=32 BLOCK_E=128 THREADS=128 rank=1
+// @variant  op=attention_backward dtypes=f32,f16,bf16,f64 BLOCK_X=1 BLOCK_Y=32 BLOCK_E=128 THREADS=128 BLOCKS_PER_SM=4 rank=1
 
 static_assert(BLOCK_X == 1, "a block holds one row of x");
 static_assert(BLOCK_E == THREADS && THREADS % 32 == 0, "a thread owns one channel; whole warps, for the shuffles");
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(const AttentionBackward p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_backward(const AttentionBackward p) {
     const Attention &a = p.s.a;
     const int channels = p.of_key ? a.channels + a.channels_v : a.channels, e_blocks = ceil_div(channels, BLOCK_E);
     const int length_x = p.of_key ? a.length_k : a.length_q;

@@ -4,12 +4,12 @@
 // Tiling    one row of the mask, or all queries where they share one, and BLOCK_K columns, or all; a warp per pair
 // Cost      B*L*S*(2*E + 2*V) operations; memory of dmask alone
 // Delta     the sums of attention_backward_gather.cu without h: ds itself is the result. One order of summation
-// @variant  op=attention_mask_gradient dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 THREADS=128 rank=1
+// @variant  op=attention_mask_gradient dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 THREADS=128 BLOCKS_PER_SM=4 rank=1
 
 static_assert(BLOCK_Q == 1, "a block holds one row");
 static_assert(BLOCK_K <= THREADS && THREADS % 32 == 0, "a thread writes one column; whole warps, for the shuffles");
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_mask_gradient(const AttentionMaskGradient p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_mask_gradient(const AttentionMaskGradient p) {
     const Attention &a = p.s.a;
     const int rows = p.one_row ? 1 : a.length_q, k_blocks = p.one_column ? 1 : ceil_div(a.length_k, BLOCK_K);
     const int row = blockIdx.x / k_blocks % rows, column = blockIdx.x % k_blocks * BLOCK_K;

@@ -158,6 +158,8 @@ def l1_scores(
         options = plan.option_types(*options)
         if not (_dispatches(query) and _dispatches(key)):
             plan.scores(_spec("query", query), _spec("key", key), *options)
+    if key is query and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd Function
+        key = query.view_as(query)
     tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if tracked or forward_ad._current_level >= 0:  # the Function refuses tangents, the operator would drop them
         return _Scores.apply(query, key, options)

@@ -249,6 +249,14 @@ def test_compile_inductor():
     check_compiled(compiled, (2, 33, 17), (2, 31, 17), (2, 31, 5))
 
 
+def test_compile_self_attention():
+    """One tensor as query and key."""
+    x = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    compiled = torch.compile(lambda x: l1.l1_scores(x, x).sum(), fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(x), x)[0] for f in (compiled, lambda x: l1.l1_scores(x, x).sum()))
+    assert torch.equal(found, expected)
+
+
 def test_compile_of_a_wrong_call():
     """Compiled or not, the message is ours."""
     compiled = torch.compile(lambda q, k: l1.l1_scores(q, k), backend="aot_eager")

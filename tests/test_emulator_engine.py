@@ -684,7 +684,7 @@ def test_cache(new_cache):
 
 
 def test_cache_folder_not_writable(monkeypatch, tmp_path):
-    shutil.copy(toolchain.build_engine(toolchain.find_compiler()), toolchain._temporary_cache())
+    shutil.copy(toolchain.build_engine(toolchain.find_compiler()), toolchain._temporary_cache("emulator"))
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("L1ATTN_CACHE_DIR", str(blocked))

@@ -293,6 +293,9 @@ __device__ __forceinline__ acc_t score_gradient(const AttentionSaved &p, int b, 
     return weight == 0 ? 0 : weight * (product - delta);  // what is masked may be NaN
 }
 
+// The sum of more and larger |h| might overflow where that of h * sign does not.
+const acc_t LARGE = DTYPE == F64 ? 1e300 : 1e30;
+
 // ---- 128-bit loads --------------------------------------------------------------------------------------------
 
 const int LOAD = 16 / sizeof(scalar_t);  // numbers in a 128-bit load from global memory

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
         if (i < q_count && j < k_count) {
             const acc_t s = to_acc(scores[i * t.scores.row_stride + j]);
             value = to_acc(grad[i * t.grad.row_stride + j]) * f(s);
-            fast = fast && finite(value) && !(s > f.nearly_equal);
+            fast = fast && absolute(value) < LARGE && !(s > f.nearly_equal);
         }
         h[j][i] = value;
     }

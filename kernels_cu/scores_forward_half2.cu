@@ -3,13 +3,15 @@
 // Shapes    q (B,L,E)  k (B,S,E)  out (B,L,S); strides in elements, int64
 // Tiling    BLOCK_Q x BLOCK_K outputs per block, WARP_Q x WARP_K per warp, E in chunks of BLOCK_E. A warp takes 32
 //           channels at a time: LOAD of them belong to one of the 4 lanes that share a row of q
-// Cost      1/2 packed operation and 1/256 of a tensor core operation a term; at least 2*(B*E*(L+S) + B*L*S) bytes
+// Cost      1/2 packed operation and 1/256 of a tensor core operation a term (1/128 before sm_80); at least
+//           2*(B*E*(L+S) + B*L*S) bytes
 // Delta     like scores_forward_tiled.cu, but differences are 16-bit, two to an instruction, and are added up in float32
-//           by tensor cores. By name only (rank 0), as every difference is rounded to 16 bits.
+//           by tensor cores. By name only (rank 0): positive differences are rounded to float16, so that exchanging q
+//           and k changes last digits, and the sums of the rows lose E * 2**-23 of their size, whatever the distance.
 //
 // One instruction makes max(q - k, 0) of a pair of channels, and sum |q - k| = 2 * sum max(q - k, 0) - sum q + sum k. The
-// first sum is at most the distance, so nothing cancels but what the sums of the rows lose. Sums of 16 x 16 such
-// numbers along their rows are a product with a 16 x 8 matrix of zeros that has one column of ones.
+// first sum is at most the distance. Sums of 16 x 16 such numbers along their rows are a product with a 16 x 8 matrix of
+// zeros that has one column of ones; what is not finite, or overflows, makes NaN there and is computed once more.
 //
 // @variant  op=scores_forward dtypes=f16 BLOCK_Q=128 BLOCK_K=128 BLOCK_E=64 WARP_Q=32 WARP_K=64 THREADS=256 BLOCKS_PER_SM=2 rank=0 f16_differences=1
 
@@ -22,9 +24,11 @@ const int TILES_Q = WARP_Q / 16, TILES_K = WARP_K / 8;  // a tensor core adds to
 const int COLUMNS = WARP_K / 4;                         // neighbouring outputs of a lane
 const int ROWS = BLOCK_Q + BLOCK_K, WARPS_Q = BLOCK_Q / WARP_Q;
 const int GROUPS = BLOCK_E / LOAD, APART = THREADS / GROUPS;  // 128-bit loads in a row; rows that are loaded at once
-static_assert(THREADS / 32 == WARPS_Q * (BLOCK_K / WARP_K), "a warp for each part of the tile");
+static_assert(WARP_Q % 16 == 0 && WARP_K % 8 == 0, "a warp fills whole tiles of 16 x 8 outputs");
+static_assert(BLOCK_Q % WARP_Q == 0 && BLOCK_K % WARP_K == 0, "a block is a whole number of warp tiles");
+static_assert(THREADS == 32 * WARPS_Q * (BLOCK_K / WARP_K), "a warp for each part of the tile");
 static_assert(BLOCK_E % STEP == 0, "a chunk is a whole number of steps");
-static_assert(BLOCK_Q % APART == 0 && BLOCK_K % APART == 0, "all threads load whole rows together");
+static_assert(THREADS % GROUPS == 0 && BLOCK_Q % APART == 0 && BLOCK_K % APART == 0, "all threads load whole rows together");
 static_assert(ROWS % 16 == 0 && COLUMNS % LOAD == 0, "16 rows are summed at once, outputs stored 128 bits at a time");
 
 struct alignas(16) Pairs {  // LOAD channels of one row
@@ -195,10 +199,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_forw
         acc_t x[COLUMNS];
 #pragma unroll
         for (int n = 0; n < COLUMNS; ++n) {
-            x[n] = half[m / 2][n / 2][m % 2 * 2 + n % 2];
+            x[n] = 2 * half[m / 2][n / 2][m % 2 * 2 + n % 2];
+            x[n] = x[n] < 0 ? 0 : multiply_add(x[n], 0, x[n]);  // rounded below 0; infinity becomes NaN
             zero = multiply_add(x[n], 0, zero);
         }
-        apply_score(x, p.score, 2 * (acc_t)p.scale, (acc_t)p.eps);
+        apply_score(x, p.score, (acc_t)p.scale, (acc_t)p.eps);
         scalar_t *to = out + m * 8 * p.out.row_stride;
         if (i_warp + m * 8 < q_count) {
 #pragma unroll

@@ -14,6 +14,7 @@
 const int ACROSS = 8, DOWN = THREADS / ACROSS;                 // threads along a row and a column of the tile
 const int OWN_Q = BLOCK_Q / DOWN, OWN_K = TILE_K / ACROSS;     // outputs of a thread
 static_assert(BLOCK_K % TILE_K == 0, "a block is a whole number of tiles");
+static_assert(THREADS % ACROSS == 0 && BLOCK_Q % DOWN == 0 && TILE_K % ACROSS == 0, "all threads own as many outputs");
 static_assert(OWN_Q % VEC == 0 && OWN_K % VEC == 0, "a thread reads its rows and columns 128 bits at a time");
 static_assert(BLOCK_E % LOAD == 0, "a chunk of a row is a whole number of 128-bit loads");
 
@@ -25,6 +26,7 @@ struct Chunk {
     typedef acc_t Shared[BLOCK_E][STRIDE];
 #if DTYPE == F32 || DTYPE == F64  // number by number, past the registers
     static const int STEP = THREADS / BLOCK_E;  // rows that all threads load at once
+    static_assert(THREADS % BLOCK_E == 0 && BLOCK % STEP == 0, "all threads load whole rows together");
 
     __device__ __forceinline__ void fetch(Shared &chunk, const scalar_t *rows, int64 stride, int count, int channels,
                                           bool whole) {
@@ -40,6 +42,7 @@ struct Chunk {
     static const int GROUPS = BLOCK_E / LOAD;                // 128-bit loads in a row of a chunk
     static const int STEP = THREADS / GROUPS;                // rows that all threads load at once
     static const int MINE = (BLOCK + STEP - 1) / STEP;
+    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
     Load numbers[MINE];
 
     __device__ __forceinline__ void fetch(Shared &, const scalar_t *rows, int64 stride, int count, int channels,

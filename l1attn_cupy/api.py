@@ -100,8 +100,10 @@ def l1_scores_backward(
     ----------
     grad_scores : array, shape (..., L, S)
         Gradient of the loss with respect to the scores; library, dtype and device of ``query``, any strides.
-    query, key, score, scale, eps, backend, variant
+    query, key, score, scale, eps, backend
         As in `l1_scores`.
+    variant : str, optional
+        Name of a variant of this op; scores that are computed again are computed by the default variant.
     scores : array, shape (..., L, S), optional
         What `l1_scores` returned. F' is a function of it, so nothing is computed twice; without it the scores are
         computed again.
@@ -121,7 +123,8 @@ def l1_scores_backward(
     -----
     Accumulation as in `l1_scores`. The result is the same bit for bit in every run, except with the variant "scatter".
     On the CPU no temporary of size L * S is made; on CUDA and the emulator one is, for the scores, if they are needed
-    and not given. Torch tensors need not call this: `l1_scores` is differentiable.
+    and not given. Torch tensors need not call this: `l1_scores` is differentiable. The
+    gradients that it returns are not themselves differentiable.
 
     Examples
     --------

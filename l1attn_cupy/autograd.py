@@ -1,7 +1,7 @@
 """L1 scores as PyTorch operators (``torch.ops.l1attn``) under a thin autograd Function.
 
 The operators have a fake implementation each, so that `torch.compile` traces through them; the Function links forward
-and backward. `plan` checks the arguments before an operator is called, except while tracing, and again in it.
+and backward. `plan` checks the types of options before an operator is called, except while tracing, and all else in it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ def _scores_backward(
 
 
 def _fake_scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
+    for name, array in (("query", query), ("key", key)):
+        if array.dim() < 2:
+            raise ValueError(
+                f"{name} must have at least 2 dimensions (..., length, head_dim), got {tuple(array.shape)}"
+            )
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     return query.new_empty(*batch, query.shape[-2], key.shape[-2])
 

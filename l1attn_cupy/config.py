@@ -84,10 +84,14 @@ def _cuda() -> list[str]:
     from .cuda import registry
     from .emulator import toolchain
 
+    try:
+        kernels = [f"kernels: {folder}" for folder in registry.folders()]
+    except registry.KernelError as error:
+        kernels = [f"kernels: {error}"]
     cupy = Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))
     built = toolchain.cache_dir()
     return [
-        *(f"kernels: {folder}" for folder in registry.folders()),
+        *kernels,
         f"cuda kernel cache: {cupy} ({_writable(cupy, 'CUPY_CACHE_DIR')})",
         f"emulator kernel cache: {built} ({_writable(built, 'L1ATTN_CACHE_DIR')})",
     ]

@@ -109,7 +109,7 @@ def scores_backward(plan: Plan, grad_scores: ArraySpec, saved: ArraySpec | None)
     """Check what `l1_scores_backward` takes beside the arguments of ``plan``."""
     given = {"grad_scores": grad_scores} if saved is None else {"grad_scores": grad_scores, "scores": saved}
     for name, spec in given.items():
-        check_array(name, spec)
+        check_array(name, spec, "(..., query length, key length)")
         if spec.shape != plan.out_shape:
             raise ValueError(
                 f"{name} must have the shape {plan.out_shape} of the scores of query {plan.query.shape} "
@@ -123,6 +123,8 @@ def scores_backward(plan: Plan, grad_scores: ArraySpec, saved: ArraySpec | None)
 def check_range(dtype: str, scale: float, eps: float) -> None:
     """Raise unless scale and eps are normal numbers of the dtype of accumulation."""
     for name, value in (("scale", scale), ("eps", eps)):
+        if not 0 < value < math.inf:  # not seen by `option_types` where an operator is called from a traced graph
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
         if dtype != "float64" and not _SMALLEST <= value <= _LARGEST:
             raise ValueError(
                 f"{name} must be from {_SMALLEST} to {_LARGEST}, as float32 is used for {dtype}, got {value!r}"
@@ -138,13 +140,15 @@ def check_dense(name: str, spec: ArraySpec) -> None:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
 
 
-def check_array(name: str, spec: ArraySpec) -> None:
+def check_array(name: str, spec: ArraySpec, axes: str = "(..., length, head_dim)") -> None:
     """Raise unless ``spec`` is a dense floating-point array of at least two dimensions, with data."""
     check_dense(name, spec)
     if spec.dtype not in DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {spec.dtype}")
     if len(spec.shape) < 2:
-        raise ValueError(f"{name} must have at least 2 dimensions (..., length, head_dim), got {spec.shape}")
+        raise ValueError(f"{name} must have at least 2 dimensions {axes}, got {spec.shape}")
+    if max(spec.shape) >= 2**31:
+        raise ValueError(f"{name} must have dimensions below 2**31, got {spec.shape}")
 
 
 def check_options(
@@ -168,7 +172,7 @@ def _positive(name: str, value: float) -> float:
         number = float(value)
     except OverflowError:  # an integer beyond the largest float
         number = math.inf
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return number
 

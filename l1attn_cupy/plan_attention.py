@@ -119,8 +119,8 @@ def option_types(
 
 
 def band(is_causal: bool, window: Sequence[int] | None) -> tuple[int, int]:
-    """How many keys before and after its own place a query may attend to."""
-    left, right = (UNLIMITED, UNLIMITED) if window is None else (window[0], window[1])
+    """How many keys before and after its own place a query may attend to; more than there can be is no limit."""
+    left, right = (UNLIMITED if n >= 2**30 else int(n) for n in window or (UNLIMITED, UNLIMITED))
     return left, 0 if is_causal else right
 
 
@@ -136,7 +136,7 @@ def _check_window(window: Any) -> None:
             raise ValueError(f"window must have numbers from 0 on, or -1 for no limit, got {window!r}")
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def attention(
     query: ArraySpec,
     key: ArraySpec,
@@ -298,7 +298,7 @@ def _shortened(numbers: Sequence[int]) -> str:
     return str(list(numbers)) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8]))}, ...]"
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def attention_backward(
     call: AttentionPlan, grad_out: ArraySpec, out: ArraySpec, lse: ArraySpec, grad_lse: ArraySpec | None
 ) -> None:

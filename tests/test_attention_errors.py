@@ -222,3 +222,19 @@ def test_varlen_wrong_dimensions(name, x):
     arguments = {"query": x[:, None], "key": x[:, None], "value": x[:, None], name: x}
     with pytest.raises(ValueError, match=rf"{name} must have 3 dimensions \(total, heads, head_dim\), got \(3, 4\)"):
         l1.l1_attention_varlen(**arguments, cu_seqlens_q=[0, 3], cu_seqlens_k=[0, 3])
+
+
+def test_window_beyond_any_length_is_no_limit():
+    query, key, value = (torch.zeros(n, 2) for n in (3, 4, 4))
+    out = l1.l1_attention(query, key, value, window=(2**70, 2**31))
+    assert torch.equal(out, l1.l1_attention(query, key, value))
+
+
+def test_cu_seqlens_of_any_sequence_but_not_of_bools():
+    x = torch.randn(6, 1, 2)
+    ends = range(0, 7, 3)
+    assert torch.equal(
+        l1.l1_attention_varlen(x, x, x, ends, ends), l1.l1_attention_varlen(x, x, x, [0, 3, 6], [0, 3, 6])
+    )
+    with pytest.raises(TypeError, match="cu_seqlens_q must be one-dimensional and of integers"):
+        l1.l1_attention_varlen(x[:1], x[:1], x[:1], [False, True], [0, 1])

@@ -310,3 +310,52 @@ def test_scores_forward_gradient_whatever_the_variant(kernel):
     (dquery,) = torch.autograd.grad(scores, query, grad)
     expected = testing.Expected(query, key, grad, score="negative")
     expected.assert_gradients(dquery, l1.l1_scores_backward(grad, query.detach(), key, score="negative")[1])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_forward_half2_nearly_equal_rows(machine, score):
+    """A large channel that all rows share: what their sums lose must not make a distance negative."""
+    (kernel,) = each("scores_forward").args[1][-1:]
+    assert kernel.variant.name == "half2"
+    generator = torch.Generator().manual_seed(0)
+    base = 1e-2 * torch.randn(64, generator=generator)
+    query, key = (base + 1e-5 * torch.randn(n, 64, generator=generator) for n in (33, 40))
+    query[:, 0] = key[:, 0] = 60000
+    query, key = query.half(), key.half()
+    assert_scores(machine, kernel, testing.Expected(query, key, score=score))
+    assert (machine.scores(kernel, query, key, score="distance") >= 0).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_forward_half2_overflow_of_a_difference(machine, sign):
+    """Beyond 65504 it is infinite; that score is computed once more, and those around it keep their bits."""
+    (kernel,) = each("scores_forward").args[1][-1:]
+    query, key, _ = testing.inputs((33, 17), (40, 17), "float16")
+    before = machine.scores(kernel, query, key, scale=1e-4)
+    query[5, 3], key[9, 3] = 60000 * sign, -60000 * sign
+    after = machine.scores(kernel, query, key, scale=1e-4)
+    exact = reference.l1_scores(query, key, scale=1e-4)
+    assert (after[5, 9].double() - exact[5, 9]).abs() < 2**-10 * exact[5, 9]
+    others = torch.ones(33, 40, dtype=torch.bool)
+    others[5], others[:, 9] = False, False
+    assert_identical(after[others], before[others])
+
+
+@each("scores_forward")
+def test_scores_forward_largest_scale(machine, kernel):
+    """Identical rows have distance 0 whatever it is multiplied by."""
+    query = testing.inputs((kernel.length_q, 7), (1, 7), kernel.dtype)[0]
+    scores = machine.scores(kernel, query, query[:5], score="laplacian", scale=2e38)
+    assert (scores[:5].diagonal() == 1).all()
+
+
+@each("scores_backward")
+def test_scores_backward_sum_of_h_beyond_the_largest_float(machine, kernel):
+    """Where the sum of h overflows and that of h * sign does not."""
+    largest = {"float64": 1e308, "float16": 6e4}.get(kernel.dtype, 2e38)
+    dtype = testing.DTYPES[kernel.dtype]
+    query, key = torch.zeros(kernel.length_q, 1, dtype=dtype), torch.tensor([[1.0], [-1.0]], dtype=dtype)
+    grad = torch.full((kernel.length_q, 2), largest, dtype=dtype)
+    grad[1:] = 0
+    dquery, _ = machine.gradients(kernel, grad, query, key, score="distance")
+    assert dquery[0, 0] == 0

@@ -47,6 +47,13 @@ def test_show_config_says_which_caches_cannot_be_written(capsys, monkeypatch):
         assert f"not writable: set {variable}" in text
 
 
+def test_show_config_where_the_kernels_folder_is_wrong(capsys, monkeypatch):
+    """It is what goes into a bug report: it must not fail for the bug."""
+    monkeypatch.setenv("L1ATTN_KERNELS", "/nowhere")
+    l1.show_config()
+    assert "kernels: L1ATTN_KERNELS must name a folder, got '/nowhere'" in capsys.readouterr().out
+
+
 def test_show_config_agrees_with_backends(capsys):
     """One list of backends, for `show_config`, ``scripts/check.py`` and the tests."""
     l1.show_config()

@@ -318,3 +318,33 @@ def test_score_names_agree():
 def test_describe_counts_strides_in_elements():
     spec = arrays.describe(np.zeros((4, 6), np.float16)[::-2, ::3])
     assert spec == plan.ArraySpec("numpy", (2, 2), (-12, 3), "float16", "cpu")
+
+
+def test_dimension_of_2_31():
+    """Kernels count lengths in 32 bits."""
+    query = np.broadcast_to(np.float16(0), (2**31, 1))
+    with pytest.raises(ValueError, match=r"query must have dimensions below 2\*\*31, got \(2147483648, 1\)"):
+        l1.l1_scores(query, np.zeros((1, 1), np.float16))
+
+
+def test_backward_of_a_vector_is_told_of_its_own_axes():
+    array = np.zeros((3, 2))
+    with pytest.raises(ValueError, match=r"grad_scores must have at least 2 dimensions \(\.\.\., query length, key le"):
+        l1.l1_scores_backward(np.zeros(3), array, array)
+
+
+@pytest.mark.parametrize("option, value", [("scale", -1.0), ("scale", math.nan), ("eps", 0.0), ("eps", math.inf)])
+def test_options_in_a_compiled_graph(option, value):
+    """The operator itself refuses them, in float64 too."""
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    call = torch.compile(lambda x: l1.l1_scores(x, x, **{option: value}), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=f"{option} must be a positive finite number, got {value}"):
+        call(x)
+
+
+def test_vector_in_a_compiled_graph():
+    call = torch.compile(lambda x: l1.l1_scores(x, x), fullgraph=True, backend="aot_eager")
+    with pytest.raises(
+        Exception, match=r"query must have at least 2 dimensions \(\.\.\., length, head_dim\), got \(3,\)"
+    ):
+        call(torch.zeros(3))

@@ -85,7 +85,7 @@ def _terms(plan: AttentionPlan) -> int:
     return math.prod(plan.batch) * pairs * max(plan.channels + plan.channels_v, 1)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def _forward_calls(
     plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int
 ) -> tuple[_Call, _Call | None, int]:
@@ -125,7 +125,7 @@ def _merge_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec) -> _Call:
     return _Call(attention.merge, 1, matrices, (dtypes, batch))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def _gradient_calls(
     plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int
 ) -> list[tuple[tuple[str, ...], _Call]]:
@@ -254,7 +254,7 @@ def _parts(plan: AttentionPlan) -> int:
     return max(1, min(-(-_TASKS // tasks), longest // _FEWEST_KEYS))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _work(side: _Side, block: int, parts: int) -> np.ndarray:
     """The tasks of one batch entry, those that take longest first; see `attention._forward` for the columns."""
     lines = []

@@ -171,8 +171,8 @@ def _fill_batch(args: np.ndarray, batch: Shape, specs: Mapping[str, ArraySpec], 
     shape, strides = collapse(tuple(batch[dim] for dim in order), [tuple(s[dim] for dim in order) for s in strides])
     if len(shape) > MAX_BATCH_DIMS:
         raise ValueError(
-            f"query and key must have batch dimensions whose strides merge into at most {MAX_BATCH_DIMS}, got batch "
-            f"{batch}; call contiguous() first"
+            f"query, key and the gradient must have batch dimensions that merge, by all their strides, into at most "
+            f"{MAX_BATCH_DIMS}, got batch {batch}; reshape it to fewer dimensions, or expand and copy what is broadcast"
         )
     missing = MAX_BATCH_DIMS - len(shape)
     args["batch_shape"] = (1,) * missing + shape

@@ -71,8 +71,8 @@ struct Chunk {
     // To h[y][x] and y_rows[y][channel]. Returns whether the fast way will do for it.
     __device__ __forceinline__ bool put(acc_t (*h)[STRIDE], acc_t (*y_rows)[BLOCK_E], bool x_is_row,
                                         const Derivative &f) const {
-        acc_t zero = 0, most = 0;  // zero stays 0 while all numbers of y are finite
-        bool small = true;         // all of h, and so finite
+        acc_t zero = 0;  // stays 0 while all numbers of y are finite
+        bool fast = true;
 #pragma unroll
         for (int n = 0; n < Y_MINE; ++n) {
             if (y_row + n * Y_APART >= BLOCK_Y) break;
@@ -91,12 +91,11 @@ struct Chunk {
             for (int i = 0; i < LOAD; ++i) {
                 const acc_t s = f.curved ? to_acc(scores[n].at[i]) : 0;
                 const acc_t value = to_acc(grad[n].at[i]) * f(s);
-                most = fmax(most, s);
-                small = small && absolute(value) < LARGE;
+                fast = fast && absolute(value) < LARGE && !(s > f.nearly_equal);
                 h[x_is_row ? h_column + i : r][x_is_row ? r : h_column + i] = value;
             }
         }
-        return small && zero == 0 && most <= f.nearly_equal;
+        return fast && zero == 0;
     }
 };
 

@@ -154,8 +154,8 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
 def integers(name: str, numbers: Any) -> list[int]:
     """A tensor, array or sequence of integers, as Python's own."""
     listed = numbers.tolist() if hasattr(numbers, "tolist") else numbers
-    whole = isinstance(listed, Sequence) and all(isinstance(n, Integral) and n is not True for n in listed)
-    if not whole or any(n is False for n in listed):
+    whole = isinstance(listed, Sequence) and all(isinstance(n, Integral) for n in listed)
+    if not whole or any(isinstance(n, bool) for n in listed):
         raise TypeError(f"{name} must be one-dimensional and of integers, got {numbers!r}")
     return [int(n) for n in listed]
 

@@ -145,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_forw
     __shared__ alignas(16) float sums[ROWS];
     const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, lane = threadIdx.x % 4;
     const int i_warp = warp % WARPS_Q * WARP_Q + row, j_warp = warp / WARPS_Q * WARP_K;
-    float half[TILES_Q][TILES_K][4] = {};  // half the distances
+    const bool busy = i_warp - row < q_count && j_warp < k_count;  // the warp has outputs that exist
+    float half[TILES_Q][TILES_K][4] = {};                         // half the distances
 
     for (int e0 = 0; e0 < p.channels; e0 += BLOCK_E) {
         __syncthreads();  // all are done with the last chunk
@@ -156,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_forw
         const int steps = min(BLOCK_E / STEP, ceil_div(p.channels - e0, STEP));
         sum_rows(sums, rows, steps);
         __syncthreads();  // the sums are there
+        if (!busy) continue;
 #pragma unroll
         for (int m = 0; m < TILES_Q; ++m) {
 #pragma unroll

@@ -8,8 +8,8 @@
 //
 // With t = half_step(x - y), sum h * sign = 2 * sum h * t - sum h: three instructions a term and no branch. Where all
 // channels tie the two sums cancel exactly, being rounded alike; where some do, what is lost is in proportion to the
-// largest |h| of the row. So chunks in which two rows are nearly equal, or anything is not finite,
-// go a slower way that is exact in ties and spreads NaN and infinity as the formula does.
+// largest |h| of the row. So chunks in which two rows are nearly equal, anything is not finite, or an h is so large that
+// their sum might overflow, go a slower way that is exact in ties and spreads NaN and infinity as the formula does.
 //
 // @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3,4 rank=20
 // @variant  op=scores_backward dtypes=f64 BLOCK_X=64 BLOCK_E=32 BLOCK_Y=16 ROWS=4 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2 rank=20

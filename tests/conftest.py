@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,7 @@ NO_REASON = {"", "Skipped", "unconditional skip"}
 
 skips_key = pytest.StashKey[set[tuple[str, str]]]()  # (test, reason): doctests collect a file twice
 gpu_left_out_key = pytest.StashKey[int]()
+executed_key = pytest.StashKey[int]()  # kernels that pytest-xdist's workers have run by emulation
 
 
 @functools.cache
@@ -53,8 +56,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        os.environ.pop("COLUMNS", None)  # pytest-xdist says 80 to its workers, though they write to no terminal
+    if config.getoption("--require-gpu") and why_no_gpu():
+        raise pytest.UsageError(f"--require-gpu: {why_no_gpu()}")
     config.stash[skips_key] = set()
-    config.stash[gpu_left_out_key] = 0
+    config.stash[gpu_left_out_key] = config.stash[executed_key] = 0
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_FromWorkers(config))
+
+
+class _FromWorkers:
+    """Takes up what `pytest_sessionfinish` of each of pytest-xdist's workers left."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        left = getattr(node, "workeroutput", {})
+        self.config.stash[skips_key] |= {(test, reason) for test, reason in left.get("skips", ())}
+        self.config.stash[gpu_left_out_key] = max(self.config.stash[gpu_left_out_key], left.get("gpu_left_out", 0))
+        self.config.stash[executed_key] += left.get("executed", 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        stash = session.config.stash
+        session.config.workeroutput["skips"] = sorted(stash[skips_key])
+        session.config.workeroutput["gpu_left_out"] = stash[gpu_left_out_key]
+        session.config.workeroutput["executed"] = _kernels_executed()
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests asked for are counted
@@ -62,8 +93,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items or not why_no_gpu():
         return
-    if config.getoption("--require-gpu"):
-        raise pytest.UsageError(f"--require-gpu: {why_no_gpu()}")
     config.stash[gpu_left_out_key] = len(gpu_items)
     config.hook.pytest_deselected(items=gpu_items)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
@@ -109,4 +138,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{count:5d}  {reason}")
     if config.stash[gpu_left_out_key]:
         terminalreporter.write_line(f"{config.stash[gpu_left_out_key]} gpu tests not run: {why_no_gpu()}")
-    terminalreporter.section(f"kernels executed by the emulator: {_kernels_executed()}")
+    executed = config.stash[executed_key] + _kernels_executed()
+    terminalreporter.section(f"kernels executed by the emulator: {executed}")

@@ -1,7 +1,7 @@
 // attention_backward_gather.cu: gradients of fused L1 attention; the baseline.
-// Computes  p = exp(s - lse),  ds = p * (sum_c grad[i,c] * (v[j,c] - out[i,c]) + grad_lse[i]),  h = ds * F'(x) * scale
+// Computes  p = exp(s - largest) / total,  ds = p * (sum_c grad[i,c] * v[j,c] - delta[i]),  h = ds * F'(x) * scale
 //           dx[i,e] = sum_j h[i,j] * sign(x[i,e] - y[j,e]) for (q, k), or for (k, q); then also dv[j,c] = sum_i p * grad
-// Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  out, grad (B,L,V)  lse, grad_lse (B,L)
+// Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  grad (B,L,V)  softmax (B,L,2)  delta (B,L)
 //           dx, dxv as q, or as k and v; strides in elements, int64
 // Tiling    one row of x and BLOCK_E of its channels per block; rows of y in tiles of BLOCK_Y, a warp per h, then a
 //           thread per channel
@@ -20,6 +20,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const int row = blockIdx.x / e_blocks % length_x, entry = blockIdx.x / e_blocks / length_x * p.s.summed;
     const Matrix &x = p.of_key ? a.k : a.q, &y = p.of_key ? a.q : a.k;
     __shared__ acc_t h[BLOCK_Y], weights[BLOCK_Y];
+    __shared__ bool left[BLOCK_Y];
 
     const int lane = threadIdx.x % 32;
     const int first = p.of_key ? first_query(a, row) : first_key(a, row);
@@ -32,19 +33,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
         for (int j0 = first; j0 < end; j0 += BLOCK_Y) {
             const int count = min(BLOCK_Y, end - j0);
             for (int n = threadIdx.x / 32; n < count; n += THREADS / 32) {
-                acc_t weight, score;
+                acc_t weight, ds, score;
                 const int i = p.of_key ? j0 + n : row, j = p.of_key ? row : j0 + n;
-                const acc_t ds = score_gradient(p.s, b, i, j, lane, weight, score);
+                const bool counts = score_gradient(p.s, b, i, j, lane, weight, ds, score);
                 if (lane == 0) {
-                    h[n] = ds == 0 ? 0 : ds * derivative(score);
+                    h[n] = counts ? ds * derivative(score) : 0;
                     weights[n] = weight;
+                    left[n] = counts;
                 }
             }
             __syncthreads();  // this tile of h is there
             for (int n = 0; n < count; ++n) {
                 if (e < a.channels) {
                     sum += h[n] * sign(mine - to_acc(ys[(j0 + n) * y.row_stride + e]));
-                } else if (e < channels && weights[n] != 0) {
+                } else if (e < channels && left[n]) {
                     sum += weights[n] * to_acc(grad[(j0 + n) * p.s.grad.row_stride + e]);
                 }
             }

@@ -63,7 +63,8 @@ struct ScoresBackward {
 
 struct Attention {  // what forward and backward share
     Matrix q, k, v;                   // (B, L, E), (B, S, E), (B, S, V)
-    Matrix mask, lse;                 // (B, L, S); (B, L) in acc_t
+    Matrix mask;                      // (B, L, S)
+    Matrix softmax;                   // (B, L, 2) in acc_t: see struct Softmax
     int64 mask_column;                // stride along S; rows of a mask need not be contiguous
     int batch_shape[MAX_BATCH_DIMS];  // in the backward pass, dimensions to sum over come last
     int length_q, length_k, channels, channels_v;
@@ -75,13 +76,14 @@ struct Attention {  // what forward and backward share
 
 struct AttentionForward {
     Attention a;
-    Matrix out;  // (B, L, V)
+    Matrix out;       // (B, L, V), in scalar_t, or in acc_t if `unrounded`: see store_out
+    int unrounded, unused;
 };
 
 struct AttentionSaved {  // what the backward pass starts from
     Attention a;
-    Matrix out, grad, grad_lse;  // (B, L, V) twice; (B, L) in acc_t, its address may be 0
-    int kept, summed;            // matrices of a gradient, and batch entries that are summed into each
+    Matrix grad, delta;  // (B, L, V); (B, L) in acc_t: sum_c grad[i,c] * out[i,c] - grad_lse[i], out before it was rounded
+    int kept, summed;    // matrices of a gradient, and batch entries that are summed into each
 };
 
 struct AttentionBackward {  // the gradient of q, or those of k and v: an address of 0 is one that is not wanted
@@ -252,13 +254,59 @@ __device__ __forceinline__ acc_t *accumulated(const Matrix &m, const int *batch_
     return (acc_t *)m.data + offset(m, batch_shape, index);
 }
 
-// The score of query i and key j with the mask added; -inf, whatever the score is, where the mask says so.
+// What stands for a score that is -inf by itself, of a key infinitely far away: -inf says that a key is ruled out, and
+// nothing else. No other score comes to it: a mask of the lowest number there is, its neighbour, swallows what it is
+// added to.
+const acc_t FARTHEST = DTYPE == F64 ? -0x1.ffffffffffffep+1023 : -0x1.fffffcp+127;
+
+// The score of query i and key j with the mask added; -inf, whatever the score is, where the mask rules the key out.
 __device__ __forceinline__ acc_t masked(const Attention &a, int b, int i, int j, acc_t score) {
-    if (a.mask_kind == NO_MASK) return score;
-    const int64 place = offset(a.mask, a.batch_shape, b) + i * a.mask.row_stride + j * a.mask_column;
-    if (a.mask_kind == BOOLEAN) return ((const unsigned char *)a.mask.data)[place] ? score : -infinity();
-    const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
-    return added == -infinity() ? added : score + added;
+    if (a.mask_kind != NO_MASK) {
+        const int64 place = offset(a.mask, a.batch_shape, b) + i * a.mask.row_stride + j * a.mask_column;
+        if (a.mask_kind == BOOLEAN) {
+            if (!((const unsigned char *)a.mask.data)[place]) return -infinity();
+        } else {
+            const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
+            if (added == -infinity()) return added;
+            score += added;
+        }
+    }
+    return score == -infinity() ? FARTHEST : score;
+}
+
+// How the softmax of a row was taken: its largest masked score, and the sum of exp(score - largest). It is kept in these
+// two parts, as their log-sum-exp in one number is too coarse where the largest is large: after a mask of -1e9 was added
+// to all keys, in steps of 64. A row without a key has (-inf, 0), one whose keys are all infinitely far away NaN twice.
+struct Softmax {
+    acc_t largest, total;
+
+    // Of a row that is done. Parts of the keys can be joined before, not after.
+    __device__ __forceinline__ void finish() {
+        if (largest == FARTHEST) largest = total = infinity() - infinity();
+    }
+    // What to multiply a sum of exp(score - largest) * value by.
+    __device__ __forceinline__ acc_t factor() const { return total == 0 ? 0 : 1 / total; }
+    // p of a masked score. Nothing of a key that is ruled out, -inf, may come into a sum: check for that, not for p = 0.
+    __device__ __forceinline__ acc_t weight(acc_t score, acc_t factor) const {
+        return score == -infinity() ? 0 : exponential(score - largest) * factor;
+    }
+    __device__ __forceinline__ void load(const Attention &a, int b, int i) {
+        const acc_t *parts = accumulated(a.softmax, a.batch_shape, b) + i * a.softmax.row_stride;
+        largest = parts[0], total = parts[1];
+    }
+    __device__ __forceinline__ void store(const Attention &a, int b, int i) const {
+        acc_t *parts = accumulated(a.softmax, a.batch_shape, b) + i * a.softmax.row_stride;
+        parts[0] = largest, parts[1] = total;
+    }
+};
+
+// out[b, i, c] = x: unrounded where the backward pass will need it so, which with 16-bit numbers it does.
+__device__ __forceinline__ void store_out(const AttentionForward &p, int b, int i, int c, acc_t x) {
+    if (p.unrounded) {
+        accumulated(p.out, p.a.batch_shape, b)[i * p.out.row_stride + c] = x;
+    } else {
+        matrix(p.out, p.a.batch_shape, b)[i * p.out.row_stride + c] = to_scalar(x);
+    }
 }
 
 // The keys of query i, and the queries of key j, that window and causality leave: from the first up to the end.
@@ -271,26 +319,27 @@ __device__ __forceinline__ int end_of_queries(const Attention &a, int j) {
     return a.left < 0 || a.left >= a.length_q - j ? a.length_q : j + a.left + 1;
 }
 
-// ds of query i and key j, by a warp; `weight` becomes p, `score` the score without the mask.
-__device__ __forceinline__ acc_t score_gradient(const AttentionSaved &p, int b, int i, int j, int lane,
-                                                acc_t &weight, acc_t &score) {
+// p and ds of query i and key j, by a warp, and the score without the mask. Returns whether the key is left: where it is
+// ruled out it may hold anything, and p and ds are 0.
+__device__ __forceinline__ bool score_gradient(const AttentionSaved &p, int b, int i, int j, int lane, acc_t &weight,
+                                               acc_t &ds, acc_t &score) {
     const Attention &a = p.a;
     const scalar_t *q = matrix(a.q, a.batch_shape, b) + i * a.q.row_stride;
     const scalar_t *k = matrix(a.k, a.batch_shape, b) + j * a.k.row_stride;
     const scalar_t *v = matrix(a.v, a.batch_shape, b) + j * a.v.row_stride;
     const scalar_t *grad = matrix(p.grad, a.batch_shape, b) + i * p.grad.row_stride;
-    const scalar_t *out = matrix(p.out, a.batch_shape, b) + i * p.out.row_stride;
     score = score_of(warp_distance(q, k, a.channels, lane), a);
-    acc_t product = 0, delta = 0;
-    for (int c = lane; c < a.channels_v; c += 32) {
-        product += to_acc(grad[c]) * to_acc(v[c]);
-        delta += to_acc(grad[c]) * to_acc(out[c]);
-    }
-    product = warp_sum(product), delta = warp_sum(delta);
-    if (p.grad_lse.data) delta -= accumulated(p.grad_lse, a.batch_shape, b)[i * p.grad_lse.row_stride];
-    const acc_t lse = accumulated(a.lse, a.batch_shape, b)[i * a.lse.row_stride];
-    weight = lse == -infinity() ? 0 : exponential(masked(a, b, i, j, score) - lse);
-    return weight == 0 ? 0 : weight * (product - delta);  // what is masked may be NaN
+    acc_t product = 0;
+    for (int c = lane; c < a.channels_v; c += 32) product += to_acc(grad[c]) * to_acc(v[c]);
+    product = warp_sum(product);
+    const acc_t delta = accumulated(p.delta, a.batch_shape, b)[i * p.delta.row_stride];
+    const acc_t with_mask = masked(a, b, i, j, score);
+    Softmax softmax;
+    softmax.load(a, b, i);
+    weight = softmax.weight(with_mask, softmax.factor());
+    const bool left = with_mask != -infinity();
+    ds = left ? weight * (product - delta) : 0;
+    return left;
 }
 
 // The sum of more and larger |h| might overflow where that of h * sign does not.

@@ -95,8 +95,8 @@ def l1_attention(
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value, attn_mask=attn_mask)
     call = _plan(given, options)
-    results = [arrays.give_back(result, query) for result in run_attention.attention(call, *given.values())]
-    return tuple(results) if return_lse else results[0]
+    out, softmax, _ = run_attention.attention(call, *given.values())
+    return _give_back(out, softmax, query, return_lse)
 
 
 def l1_attention_backward(
@@ -128,10 +128,12 @@ def l1_attention_backward(
         Gradient of the loss with respect to ``out``; library, dtype and device of ``query``, any strides.
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, score, eps, window, backend, variant
         As in the call of `l1_attention`.
-    out, lse : array
-        What that call returned, with ``return_lse``.
+    out : array, shape (..., Hq, L, Ev)
+        What that call returned; for 16-bit arrays better as it was before it was rounded, in float32.
+    lse : array, shape (..., Hq, L)
+        What that call returned with ``return_lse``; float32 (float64 for float64) or float64.
     grad_lse : array, shape (..., Hq, L), optional
-        Gradient of the loss with respect to ``lse``, in its dtype.
+        Gradient of the loss with respect to ``lse``, in float32 (float64 for float64) or float64.
     return_dmask : bool
         Also return the gradient of an ``attn_mask`` that is not bool.
 
@@ -149,9 +151,10 @@ def l1_attention_backward(
 
     Notes
     -----
-    Weights are computed again as ``exp(score - lse)``, so their relative error is at least that of ``lse`` as it was
-    rounded, 6e-8 times its size in float32. Ties count zero, as in `l1_scores_backward`. The result is the same bit for
-    bit in every run. Torch tensors need not call this: `l1_attention` is differentiable.
+    Weights are computed again as ``exp(score - lse)``, so they are as accurate as both: in float32 off by 6e-8 times
+    their size, which after a mask of -1e9 was added to all keys leaves nothing. In the same way sums go by ``out`` as
+    it is. Ties count zero, as in `l1_scores_backward`. The result is the same bit for bit in every run. Torch tensors
+    need not call this: `l1_attention` is differentiable, and keeps for it what is exact.
     """
     plan_attention.check_dropout(dropout_p)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
@@ -165,10 +168,12 @@ def l1_attention_backward(
     given, rest = _accept(**arguments), _accept(**saved)
     call = _plan(given, options)
     plan_attention.check_dmask(call.mask, return_dmask)
-    q, k, v, mask = given.values()
+    run_attention.check_backward(call, **rest)
+    softmax = arrays.softmax_of(rest["lse"], call.lse_dtype)
     needed = (True, True, True, return_dmask)
+    q, k, v, mask = given.values()
     gradients = run_attention.attention_backward(
-        call, rest["grad_out"], q, k, v, mask, rest["out"], rest["lse"], rest["grad_lse"], needed
+        call, rest["grad_out"], q, k, v, mask, rest["out"], softmax, rest["grad_lse"], needed
     )
     likes = (query, key, value, attn_mask)
     return tuple(
@@ -238,9 +243,14 @@ def l1_attention_varlen(
     ends = arrays.integers("cu_seqlens_q", cu_seqlens_q), arrays.integers("cu_seqlens_k", cu_seqlens_k)
     segments = plan_attention.segments(*ends, len(given["query"]), len(given["key"]))
     given = {name: array.swapaxes(0, 1) for name, array in given.items()} | {"attn_mask": None}
-    out, lse = run_attention.attention(_plan(given, options, segments), *given.values())
-    out, lse = arrays.give_back(out.swapaxes(0, 1), query), arrays.give_back(lse, query)
-    return (out, lse) if return_lse else out
+    out, softmax, _ = run_attention.attention(_plan(given, options, segments), *given.values())
+    return _give_back(out.swapaxes(0, 1), softmax, query, return_lse)
+
+
+def _give_back(out: Any, softmax: Any, query: Any, return_lse: bool) -> Any:
+    """The results as arrays of query's library."""
+    out = arrays.give_back(out, query)
+    return (out, arrays.give_back(arrays.log_sum_exp(softmax), query)) if return_lse else out
 
 
 def _accept(**given: Any) -> dict[str, Any]:

@@ -61,16 +61,21 @@ class AttentionPlan(NamedTuple):
         return self.out_shape[:-1]
 
     @property
+    def softmax_shape(self) -> Shape:
+        return (*self.lse_shape, 2)
+
+    @property
     def lse_dtype(self) -> str:
+        """That of accumulation."""
         return "float64" if self.query.dtype == "float64" else "float32"
 
     def seen_by_kernels(self, name: str, spec: ArraySpec) -> ArraySpec:
         """Any array of a call, by its name: a matrix for each batch entry, with heads as in `groups`."""
         if name in ("mask", "dmask"):
             spec = _as_matrix(spec)
-        elif name in ("lse", "grad_lse"):  # a column
+        elif name in ("delta", "grad_lse"):  # a column
             spec = spec._replace(shape=(*spec.shape, 1), strides=(*spec.strides, 0))
-        if self.groups is None or name == "delta":
+        if self.groups is None:
             return spec
         return _lone(spec) if name in ("key", "value", "dkey", "dvalue") else _split_heads(spec, *self.groups)
 
@@ -186,9 +191,11 @@ def attention(
     )
 
 
-def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec) -> None:
+def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec, unrounded: str | None = None) -> None:
+    """Raise unless library, dtype and device are those of query, or the dtype is ``unrounded``."""
     plan.check_same("framework", "come from the same library as query", query, spec, name)
-    plan.check_same("dtype", "have query's dtype", query, spec, name)
+    if spec.dtype != unrounded:
+        plan.check_same("dtype", "have query's dtype", query, spec, name)
     plan.check_same("device", "be on query's device", query, spec, name)
 
 
@@ -306,15 +313,15 @@ def attention_backward(
     query = call.query
     for name, spec in (("grad_out", grad_out), ("out", out)):
         plan.check_array(name, spec)
-        _check_like_query(name, query, spec)
+        _check_like_query(name, query, spec, call.lse_dtype if name == "out" else None)
         if spec.shape != call.out_shape:
             raise ValueError(f"{name} must have the shape {call.out_shape} of the result, got {spec.shape}")
     for name, row in (("lse", lse), ("grad_lse", grad_lse)):
         if row is None:
             continue
         plan.check_dense(name, row)
-        if row.dtype != call.lse_dtype:
-            raise TypeError(f"{name} must have dtype {call.lse_dtype}, got {row.dtype}")
+        if row.dtype not in (call.lse_dtype, "float64"):
+            raise TypeError(f"{name} must have dtype {call.lse_dtype} or float64, got {row.dtype}")
         plan.check_same("framework", "come from the same library as query", query, row, name)
         plan.check_same("device", "be on query's device", query, row, name)
         if row.shape != call.lse_shape:

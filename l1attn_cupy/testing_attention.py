@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import attention as api
 from . import reference, testing
 from .testing import Agreement, as_tensor
 
@@ -82,6 +83,15 @@ def inputs(
         added = numbers > -0.5 if mask[0] == "bool" else numbers.to(query.dtype)
     value, grad_out = (normal(*shape, channels_v).to(query.dtype) for shape in (key_shape[:-1], rows))
     return Inputs(query, key, value, added, grad_out, normal(*rows).to(_accumulation(query.dtype)))
+
+
+def run(given: Inputs, **call: Any) -> list[torch.Tensor]:
+    """out, lse, and the gradients of query, key, value and a mask that is added, by autograd."""
+    leaves = [None if x is None else x.detach() for x in given[:4]]
+    tracked = [x.requires_grad_() for x in leaves if x is not None and x.dtype is not torch.bool]
+    query, key, value, mask = leaves
+    results = api.l1_attention(query, key, value, mask, return_lse=True, **call)
+    return [x.detach() for x in (*results, *torch.autograd.grad(results, tracked, [given.grad_out, given.grad_lse]))]
 
 
 class _Gradients(NamedTuple):

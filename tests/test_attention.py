@@ -18,14 +18,9 @@ from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
 
 def check(given: Inputs, **call) -> None:
     """Results and all gradients of one call are within their bounds."""
-    query, key, value, mask, grad_out, grad_lse = given
-    out, lse = l1.l1_attention(query, key, value, mask, return_lse=True, **call)
+    out, lse, *gradients = testing_attention.run(given, **call)
     expected = ExpectedAttention(*given, **call)
     expected.assert_results(out, lse)
-    added = mask is not None and mask.dtype is not torch.bool
-    gradients = l1.l1_attention_backward(
-        grad_out, query, key, value, out, lse, mask, grad_lse=grad_lse, return_dmask=added, **call
-    )
     expected.assert_gradients(*gradients)
 
 
@@ -353,9 +348,9 @@ def _exp_of(tile, rows, largest, total, factors):
 def test_attention_exp_error(dtype, lowest):
     """The vector exp against a wider one, over a million numbers of the range that softmax has."""
     width = vector_attention.panel_width(np.dtype(dtype).itemsize)
-    x = np.linspace(lowest, 0, 1 << 20).astype(dtype)[: (1 << 20) // width * width]
-    x = np.concatenate([x, np.array([0.0, -0.0, -1e-10, lowest * 2, -np.inf, -1e-30, -5, -1], dtype)])
+    x = np.concatenate([[0.0, -0.0, -1e-10, lowest * 2, -np.inf, -1e-30, -5, -1], np.linspace(lowest, 0, 1 << 20)])
     rows = x.size // width
+    x = x[: rows * width].astype(dtype)
     tile = np.zeros((rows + vector_attention._GROUP, width), dtype)  # a group may pass the last row
     tile[:rows] = x.reshape(rows, width)
     largest, total, factors = (np.full(width, number, dtype) for number in (0, 0, 1))

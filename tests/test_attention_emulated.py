@@ -26,12 +26,8 @@ class Machine(NamedTuple):
 
     def run(self, given: Inputs, variant: str | None = None, **call) -> list[torch.Tensor]:
         """out, lse, and the gradients of query, key, value and a mask that is added, on the CPU."""
-        own = {"backend": self.backend, "variant": variant, **call}
-        query, key, value, mask, grad_out, grad_lse = (None if x is None else x.to(self.device) for x in given)
-        out, lse = l1.l1_attention(query, key, value, mask, return_lse=True, **own)
-        own["return_dmask"] = mask is not None and mask.dtype is not torch.bool
-        gradients = l1.l1_attention_backward(grad_out, query, key, value, out, lse, mask, grad_lse=grad_lse, **own)
-        return [result.cpu() for result in (out, lse, *gradients)]
+        own = Inputs(*(None if x is None else x.to(self.device) for x in given))
+        return [x.cpu() for x in testing_attention.run(own, backend=self.backend, variant=variant, **call)]
 
     def check(self, given: Inputs, variant: str | None = None, **call) -> None:
         """All results are within their bounds."""

@@ -171,8 +171,8 @@ def test_attention_backward_wrong_shape(name, x):
 @pytest.mark.parametrize("name", ["grad_out", "out", "lse", "grad_lse"])
 def test_attention_backward_wrong_dtype(name, x):
     fitting = good(x, grad_lse=x[:, 0])[name]
-    wrong = fitting.astype(np.float64) if isinstance(x, np.ndarray) else fitting.double()
-    with pytest.raises(TypeError, match=rf"{name} must have .*float32.*, got float64"):
+    wrong = fitting.astype(np.float16) if isinstance(x, np.ndarray) else fitting.half()
+    with pytest.raises(TypeError, match=rf"{name} must have .*float32.*, got float16"):
         l1.l1_attention_backward(**good(x, **{name: wrong}))
 
 

@@ -49,29 +49,29 @@ class _Side(NamedTuple):
 
 
 def attention_forward(
-    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
-    """Write the result to ``out`` and its log-sum-exp to ``lse``; neither L nor a batch dimension is 0."""
+    """Write ``out``, in its dtype, and ``softmax``; neither L nor a batch dimension is 0."""
     workers = threads.count(query, terms=_terms(plan))
     given = [0 if array is None else arrays.address(array) for array in (query, key, value, mask)]
-    results = arrays.address(out), arrays.address(lse)
-    forward, merge, parts = _forward_calls(plan, arrays.describe(out), arrays.describe(lse), workers)
+    results = arrays.address(out), arrays.address(softmax)
+    forward, merge, parts = _forward_calls(plan, arrays.describe(out), arrays.describe(softmax), workers)
     if merge is None:
         forward.launch(*given, *results)
         return
     part_out = np.empty((parts, math.prod(plan.batch), plan.length_q, plan.channels_v), plan.lse_dtype)
-    part_lse = np.empty(part_out.shape[:-1], plan.lse_dtype)
-    forward.launch(*given, arrays.address(part_out), arrays.address(part_lse))
-    merge._replace(arguments=(*merge.arguments, part_out, part_lse)).launch(*results)
+    part_softmax = np.empty((*part_out.shape[:-1], 2), plan.lse_dtype)
+    forward.launch(*given, arrays.address(part_out), arrays.address(part_softmax))
+    merge._replace(arguments=(*merge.arguments, part_out, part_softmax)).launch(*results)
 
 
 def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Write ``wanted``, of dquery, dkey, dvalue and dmask. No dimension of the scores is 0.
 
-    ``given`` has query, key, value, mask, grad_out, out, lse and grad_lse; mask and grad_lse may be None.
+    ``given`` has query, key, value, mask, grad_out, out, softmax and grad_lse; mask and grad_lse may be None.
     """
     workers = threads.count(given["query"], terms=_terms(plan))
-    delta = np.empty((*plan.batch, plan.length_q, 1), plan.lse_dtype)
+    delta = np.empty(plan.lse_shape, plan.lse_dtype)
     everything = {**given, **wanted, "delta": delta}
     present = {name: array for name, array in everything.items() if array is not None}
     specs = tuple((name, arrays.describe(array)) for name, array in present.items())
@@ -87,41 +87,42 @@ def _terms(plan: AttentionPlan) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _forward_calls(
-    plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int
+    plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int
 ) -> tuple[_Call, _Call | None, int]:
-    """The call that writes out and lse; or, of each part of the keys, and the one that joins the parts."""
-    own = plan.seen_by_kernels("out", out), plan.seen_by_kernels("lse", lse)
+    """The call that writes out and softmax; or, of each part of the keys, and the one that joins the parts."""
+    own = plan.seen_by_kernels("out", out), plan.seen_by_kernels("softmax", softmax)
     parts = _parts(plan)
     if parts == 1:
         return _forward_call(plan, *own, workers, 1), None, 1
-    part_out, part_lse = (contiguous(spec, (*plan.batch, *spec.shape[-2:])) for spec in own)
-    return _forward_call(plan, part_out, part_lse, workers, parts), _merge_call(plan, *own), parts
+    part_out, part_softmax = (
+        contiguous(spec, (*plan.batch, *spec.shape[-2:]))._replace(dtype=plan.lse_dtype) for spec in own
+    )
+    return _forward_call(plan, part_out, part_softmax, workers, parts), _merge_call(plan, *own), parts
 
 
-def _forward_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int, parts: int) -> _Call:
-    """The call that writes out and lse, or those of each part of the keys, which lie one after another."""
-    specs = [plan.query, plan.key, plan.value, plan.mask or lse, out, lse]
+def _forward_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int, parts: int) -> _Call:
+    """The call that writes out and softmax, or those of each part of the keys, which lie one after another."""
+    specs = [plan.query, plan.key, plan.value, plan.mask or softmax, out, softmax]
     batch, matrices = _lay_out(specs, plan.batch, range(len(plan.batch)))
     batches, itemsize = math.prod(plan.batch), ITEMSIZE[plan.query.dtype]
     side = _queries(plan)
     block = _block(plan, side.longest, batches)
     work = _work(side, block, parts)
-    out_dtype = plan.query.dtype if parts == 1 else plan.lse_dtype
     dtypes = (
         *(DTYPE_CODES[plan.query.dtype], itemsize),
-        *(DTYPE_CODES[out_dtype], ITEMSIZE[out_dtype]),
+        *(DTYPE_CODES[out.dtype], ITEMSIZE[out.dtype]),
         *(ITEMSIZE[plan.lse_dtype], _mask_kind(plan)),
     )
-    rows = batches * plan.length_q
-    blocks = (block, rows * plan.channels_v, rows, _runs(len(work) * batches, workers))
+    strides = (batches * plan.length_q * plan.channels_v, batches * plan.length_q * 2) if parts > 1 else (0, 0)
+    blocks = (block, *strides, _runs(len(work) * batches, workers))
     arguments = (dtypes, batch, (batches, plan.channels, plan.channels_v), work, blocks, (side.low, side.high))
     kernel = attention.forward if workers > 1 else attention.forward_serial
     return _Call(kernel, workers, matrices, (*arguments, *_score(plan)))
 
 
-def _merge_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec) -> _Call:
-    batch, matrices = _lay_out([out, lse], plan.batch, range(len(plan.batch)))
-    dtypes = (DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype], ITEMSIZE[plan.lse_dtype])
+def _merge_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec) -> _Call:
+    batch, matrices = _lay_out([out, softmax], plan.batch, range(len(plan.batch)))
+    dtypes = (DTYPE_CODES[out.dtype], ITEMSIZE[out.dtype], ITEMSIZE[plan.lse_dtype])
     return _Call(attention.merge, 1, matrices, (dtypes, batch))
 
 
@@ -150,7 +151,11 @@ def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: in
     names = ("grad_out", "out", "grad_lse", "delta")
     batch, matrices = _matrices(plan, specs, names, range(len(plan.batch)))
     like = np.zeros(1, plan.lse_dtype)
-    dtypes = (DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype], ITEMSIZE[plan.lse_dtype])
+    grad, out, grad_lse = (specs.get(name, plan.query).dtype for name in ("grad_out", "out", "grad_lse"))
+    dtypes = (
+        *(DTYPE_CODES[grad], ITEMSIZE[grad], DTYPE_CODES[out], ITEMSIZE[out]),
+        *(ITEMSIZE[plan.lse_dtype], ITEMSIZE[grad_lse]),
+    )
     sizes = (math.prod(plan.batch), plan.length_q, plan.channels_v)
     runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
     kernel = attention_gradients.delta if workers > 1 else attention_gradients.delta_serial
@@ -163,7 +168,7 @@ def _rows_call(
     """The call for dquery, or for dkey and dvalue or one of them."""
     of_key = dx != "dquery"
     x, y = (("key", "value"), ("query", "grad_out")) if of_key else (("query", "grad_out"), ("key", "value"))
-    names = (*x, *y, "lse", "delta", "mask", dx, dxv)
+    names = (*x, *y, "softmax", "delta", "mask", dx, dxv)
     owner = plan.value if not dx else plan.key if of_key else plan.query
     order, kept, summed = _owned(plan, owner)
     batch, matrices = _matrices(plan, specs, names, order, transposed=(6,) if of_key else ())
@@ -178,7 +183,7 @@ def _rows_call(
 
 
 def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
-    names = ("query", "key", "value", "grad_out", "lse", "delta", "mask", "dmask")
+    names = ("query", "key", "value", "grad_out", "softmax", "delta", "mask", "dmask")
     order, kept, summed = _owned(plan, specs["dmask"])
     batch, matrices = _matrices(plan, specs, names, order)
     sizes = (kept, summed, plan.length_q, plan.length_k, plan.channels, plan.channels_v)

@@ -159,6 +159,9 @@ __device__ __forceinline__ float reciprocal(float x) {  // one instruction, at m
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
+// exp in three instructions. To its 2 ulp comes what rounds x * log2(e): less than what rounding a score of that size does.
+__device__ __forceinline__ float quick_exponential(float x) { return exp2f(x * 1.4426950408889634f); }
+__device__ __forceinline__ double quick_exponential(double x) { return exp(x); }
 __device__ __forceinline__ bool finite(acc_t x) { return x - x == 0; }
 
 __device__ __forceinline__ acc_t sign(acc_t d) { return (acc_t)((d > 0) - (d < 0)); }
@@ -259,19 +262,21 @@ __device__ __forceinline__ acc_t *accumulated(const Matrix &m, const int *batch_
 // added to.
 const acc_t FARTHEST = DTYPE == F64 ? -0x1.ffffffffffffep+1023 : -0x1.fffffcp+127;
 
-// The score of query i and key j with the mask added; -inf, whatever the score is, where the mask rules the key out.
-__device__ __forceinline__ acc_t masked(const Attention &a, int b, int i, int j, acc_t score) {
-    if (a.mask_kind != NO_MASK) {
-        const int64 place = offset(a.mask, a.batch_shape, b) + i * a.mask.row_stride + j * a.mask_column;
-        if (a.mask_kind == BOOLEAN) {
-            if (!((const unsigned char *)a.mask.data)[place]) return -infinity();
-        } else {
-            const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
-            if (added == -infinity()) return added;
-            score += added;
-        }
+// The score of a query and a key with the mask added, whose number for the two is `place` numbers from its first; -inf,
+// whatever the score is, where the mask rules the key out.
+__device__ __forceinline__ acc_t masked_at(const Attention &a, int64 place, acc_t score) {
+    if (a.mask_kind == BOOLEAN) {
+        if (!((const unsigned char *)a.mask.data)[place]) return -infinity();
+    } else if (a.mask_kind == ADDITIVE) {
+        const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
+        if (added == -infinity()) return added;
+        score += added;
     }
     return score == -infinity() ? FARTHEST : score;
+}
+__device__ __forceinline__ acc_t masked(const Attention &a, int b, int i, int j, acc_t score) {
+    const int64 place = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
+    return masked_at(a, place + i * a.mask.row_stride + j * a.mask_column, score);
 }
 
 // How the softmax of a row was taken: its largest masked score, and the sum of exp(score - largest). It is kept in these
@@ -420,6 +425,133 @@ __device__ __forceinline__ void wait_async() {
 #elif ASYNC_COPY
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------------------------
+
+#if (DTYPE == F16 || DTYPE == BF16) && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
+#define TENSOR_CORES 1
+
+// Two numbers, as tensor cores take them, and what rounding them took away.
+struct Rounded {
+    unsigned high, low;
+
+    __device__ __forceinline__ Rounded(acc_t x, acc_t y) {
+        const Pair h = {{to_scalar(x), to_scalar(y)}};
+        const Pair l = {{to_scalar(x - to_acc(h.at[0])), to_scalar(y - to_acc(h.at[1]))}};
+        high = *(const unsigned *)&h, low = *(const unsigned *)&l;
+    }
+    struct alignas(4) Pair {
+        scalar_t at[2];
+    };
+};
+
+// c += a @ b for matrices of 16 x 16 and 16 x 8 numbers, spread over a warp. With g = lane / 4 and t = lane % 4, a lane has
+// of a:  rows g (a[0], a[2]) and g + 8 (a[1], a[3]), columns 2t and 2t + 1 (a[0], a[1]), and those 8 further (a[2], a[3])
+// of b:  column g, rows 2t and 2t + 1 (b0), and those 8 further (b1)
+// of c:  rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1
+__device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, float &c3, const unsigned (&a)[4],
+                                             unsigned b0, unsigned b1) {
+#ifndef L1ATTN_EMULATOR
+#if DTYPE == F16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    struct alignas(8) Part {
+        unsigned at[6];
+    };
+    __shared__ Part parts[THREADS];
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    Part *warp = parts + (threadIdx.x - lane);
+    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
+    __syncwarp();
+    float *const c[4] = {&c0, &c1, &c2, &c3};
+    for (int from = 0; from < 4; ++from) {
+        const Part rows = warp[g * 4 + from];
+        for (int column = 0; column < 2; ++column) {
+            const Part b = warp[(2 * t + column) * 4 + from];
+            for (int n = 0; n < 8; ++n) {  // n / 4: row g or g + 8; n % 4: which of the four numbers of b
+                const scalar_t *x = (const scalar_t *)&rows.at[n / 4 + n % 4 / 2 * 2] + n % 2;
+                const scalar_t *y = (const scalar_t *)&b.at[4 + n % 4 / 2] + n % 2;
+                *c[n / 4 * 2 + column] += to_acc(*x) * to_acc(*y);
+            }
+        }
+    }
+    __syncwarp();
+#endif
+}
+#else
+#define TENSOR_CORES 0
+#endif
+
+// ---- tiles in shared memory -----------------------------------------------------------------------------------
+
+// BLOCK rows on their way, WIDTH channels at a time, from global to shared memory: chunk[e][row]. fetch() may be called
+// while the chunk before is read; what put() stores is there after a barrier.
+template <int BLOCK, int WIDTH>
+struct Transposed {
+    static_assert(WIDTH % LOAD == 0, "a chunk of a row is a whole number of 128-bit loads");
+    static const int STRIDE = BLOCK + VEC;  // the extra VEC spreads the transposed stores over the banks
+    typedef acc_t Shared[WIDTH][STRIDE];
+#if DTYPE == F32 || DTYPE == F64  // number by number, past the registers
+    static const int STEP = THREADS / WIDTH;  // rows that all threads load at once
+    static_assert(THREADS % WIDTH == 0 && BLOCK % STEP == 0, "all threads load whole rows together");
+
+    __device__ __forceinline__ void fetch(Shared &chunk, const scalar_t *rows, int64 stride, int count, int channels,
+                                          bool whole) {
+        const int e = threadIdx.x % WIDTH, first = threadIdx.x / WIDTH;
+        const scalar_t *from = rows + first * stride + e;
+#pragma unroll
+        for (int n = 0; n < BLOCK; n += STEP, from += STEP * stride) {
+            copy_async<scalar_t>(&chunk[e][first + n], from, whole || (first + n < count && e < channels));
+        }
+    }
+    __device__ __forceinline__ void put(Shared &) const { wait_async(); }
+#else  // by 128-bit loads to registers, where they become acc_t
+    static const int GROUPS = WIDTH / LOAD;                // 128-bit loads in a row of a chunk
+    static const int STEP = THREADS / GROUPS;                // rows that all threads load at once
+    static const int MINE = (BLOCK + STEP - 1) / STEP;
+    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
+    Load numbers[MINE];
+
+    __device__ __forceinline__ void fetch(Shared &, const scalar_t *rows, int64 stride, int count, int channels,
+                                          bool whole) {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+        const scalar_t *from = rows + first * stride + e;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n, from += STEP * stride) {
+            if (whole && BLOCK % STEP == 0) {
+                numbers[n] = *(const Load *)from;
+            } else {
+                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
+            }
+        }
+    }
+    __device__ __forceinline__ void put(Shared &chunk) const {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n) {
+            if (BLOCK % STEP != 0 && first + n * STEP >= BLOCK) break;
+#pragma unroll
+            for (int i = 0; i < LOAD; ++i) chunk[e + i][first + n * STEP] = to_acc(numbers[n].at[i]);
+        }
+    }
+#endif
+};
+
+// A thread's numbers of one channel: groups of VEC neighbours, APART * VEC apart, so that a warp reads without conflicts.
+template <int APART, int N>
+__device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int place) {
+#pragma unroll
+    for (int n = 0; n < N; n += VEC) {
+        const Vec v = *(const Vec *)(channel + n * APART + place * VEC);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) mine[n + i] = v.at[i];
+    }
 }
 
 // ---- tiles of scores ------------------------------------------------------------------------------------------

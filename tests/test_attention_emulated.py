@@ -177,5 +177,5 @@ def test_attention_emulated_variant_of_the_forward_alone(machine, tmp_path, monk
 
 def test_attention_emulated_unknown_variant(machine):
     x = torch.zeros(3, 4, device=machine.device)
-    with pytest.raises(ValueError, match="variant must be None or one of 'gather' for attention_forward, got 'tiled'"):
-        l1.l1_attention(x, x, x, backend=machine.backend, variant="tiled")
+    with pytest.raises(ValueError, match="variant must be None or one of 'gather', 'tiled' for attention_forward, got 'flash'"):
+        l1.l1_attention(x, x, x, backend=machine.backend, variant="flash")

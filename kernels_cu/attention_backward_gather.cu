@@ -14,9 +14,12 @@ static_assert(BLOCK_E == THREADS && THREADS % 32 == 0, "a thread owns one channe
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_backward(const AttentionBackward p) {
     const Attention &a = p.s.a;
-    const int channels = p.of_key ? a.channels + a.channels_v : a.channels, e_blocks = ceil_div(channels, BLOCK_E);
+    const int x_parts = ceil_div(a.channels, BLOCK_E), e_blocks = x_parts + (p.of_key ? ceil_div(a.channels_v, BLOCK_E) : 0);
+    const int part = blockIdx.x % e_blocks;
+    const bool of_x = part < x_parts;  // or of v
+    const int e = (of_x ? part : part - x_parts) * BLOCK_E + threadIdx.x;
+    const bool mine_is_there = e < (of_x ? a.channels : a.channels_v);
     const int length_x = p.of_key ? a.length_k : a.length_q;
-    const int e = blockIdx.x % e_blocks * BLOCK_E + threadIdx.x;  // of x, then of v
     const int row = blockIdx.x / e_blocks % length_x, entry = blockIdx.x / e_blocks / length_x * p.s.summed;
     const Matrix &x = p.of_key ? a.k : a.q, &y = p.of_key ? a.q : a.k;
     __shared__ acc_t h[BLOCK_Y], weights[BLOCK_Y];
@@ -28,8 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const Derivative derivative(a.score, a.scale, a.eps);
     acc_t sum = 0;
     for (int b = entry; b < entry + p.s.summed; ++b) {
-        const acc_t mine = e < a.channels ? to_acc(matrix(x, a.batch_shape, b)[row * x.row_stride + e]) : 0;
-        const scalar_t *ys = matrix(y, a.batch_shape, b), *grad = matrix(p.s.grad, a.batch_shape, b) - a.channels;
+        const acc_t mine = of_x && mine_is_there ? to_acc(matrix(x, a.batch_shape, b)[row * x.row_stride + e]) : 0;
+        const scalar_t *ys = matrix(y, a.batch_shape, b), *grad = matrix(p.s.grad, a.batch_shape, b);
         for (int j0 = first; j0 < end; j0 += BLOCK_Y) {
             const int count = min(BLOCK_Y, end - j0);
             for (int n = threadIdx.x / 32; n < count; n += THREADS / 32) {
@@ -43,19 +46,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
                 }
             }
             __syncthreads();  // this tile of h is there
-            for (int n = 0; n < count; ++n) {
-                if (e < a.channels) {
+            for (int n = 0; n < count && mine_is_there; ++n) {
+                if (of_x) {
                     sum += h[n] * sign(mine - to_acc(ys[(j0 + n) * y.row_stride + e]));
-                } else if (e < channels && left[n]) {
+                } else if (left[n]) {
                     sum += weights[n] * to_acc(grad[(j0 + n) * p.s.grad.row_stride + e]);
                 }
             }
             __syncthreads();  // all are done with it
         }
     }
-    if (e < a.channels) {
-        if (p.dx.data) matrix(p.dx, a.batch_shape, entry)[row * p.dx.row_stride + e] = to_scalar(sum);
-    } else if (e < channels && p.dxv.data) {
-        matrix(p.dxv, a.batch_shape, entry)[row * p.dxv.row_stride + e - a.channels] = to_scalar(sum);
-    }
+    const Matrix &result = of_x ? p.dx : p.dxv;
+    if (mine_is_there && result.data) matrix(result, a.batch_shape, entry)[row * result.row_stride + e] = to_scalar(sum);
 }

@@ -20,21 +20,16 @@
 
 const int ACROSS = 8, DOWN = THREADS / ACROSS;              // threads along a row and a column of a tile of scores
 const int OWN_Q = BLOCK_Q / DOWN, OWN_K = TILE_K / ACROSS;  // scores of a thread
-const int OWN_V = BLOCK_V / ACROSS, GROUPS = BLOCK_V / LOAD;
-const int MINE = TILE_V * GROUPS / THREADS;                 // 128-bit loads of a thread for a part of v
+const int OWN_V = BLOCK_V / ACROSS;
 const acc_t WEIGHT_SCALE = DTYPE == F16 ? 32768 : 1;
 static_assert(ACROSS == 8 && THREADS % 32 == 0, "three shuffles join what the threads of a row have");
 static_assert(BLOCK_Q % DOWN == 0 && TILE_K % ACROSS == 0 && BLOCK_V % ACROSS == 0, "all threads own as many");
 static_assert(OWN_Q % VEC == 0 && OWN_K % VEC == 0 && OWN_V % VEC == 0, "shared memory is read 128 bits at a time");
 static_assert(TILE_K % TILE_V == 0 && TILE_V % VEC == 0, "a tile is a whole number of parts");
-static_assert(BLOCK_V % LOAD == 0 && TILE_V * GROUPS % THREADS == 0, "all threads load as much of v");
 
-typedef acc_t Weights[BLOCK_Q][TILE_K + 8];        // the extra 8 and LOAD spread rows over the banks
-typedef scalar_t Values[TILE_V][BLOCK_V + LOAD];
-
-// What stands for the weight of a key that is ruled out: 0 in products, and not what a weight can be.
-__device__ __forceinline__ acc_t ruled_out() { return -(acc_t)0; }
-__device__ __forceinline__ bool is_ruled_out(acc_t weight) { return weight == 0 && signbit(weight); }
+typedef acc_t Weights[BLOCK_Q][TILE_K + 8];  // the extra 8 spread the rows over the banks
+typedef Straight<TILE_V, BLOCK_V> Value;
+typedef Value::Shared Values;
 
 // A thread's sums of weights * v, and of which queries and channels of the tile they are: rows of groups of VEC.
 struct Outputs {
@@ -132,33 +127,6 @@ struct Outputs {
     }
 };
 
-// Rows of v to shared memory, zeros where there are none; there after wait_async() and a barrier.
-__device__ __forceinline__ void fetch_values(Values &values, const scalar_t *v, int64 stride, int rows, int channels) {
-    const bool whole = channels >= BLOCK_V && aligned_rows(v, stride);
-#pragma unroll
-    for (int n = 0; n < MINE; ++n) {
-        const int place = threadIdx.x + n * THREADS, row = place / GROUPS, column = place % GROUPS * LOAD;
-        const scalar_t *from = v + row * stride + column;
-        if (whole) {
-            copy_async<Load>(&values[row][column], from, row < rows);
-        } else {
-            *(Load *)&values[row][column] = load(from, row < rows ? channels - column : 0);
-        }
-    }
-}
-// Whether all that this thread fetched is finite.
-__device__ __forceinline__ bool finite_values(const Values &values) {
-    acc_t zero = 0;
-#pragma unroll
-    for (int n = 0; n < MINE; ++n) {
-        const int place = threadIdx.x + n * THREADS;
-        const Load numbers = *(const Load *)&values[place / GROUPS][place % GROUPS * LOAD];
-#pragma unroll
-        for (int i = 0; i < LOAD; ++i) zero = multiply_add(to_acc(numbers.at[i]), 0, zero);
-    }
-    return zero == 0;
-}
-
 // A thread's part of the softmax of its OWN_Q queries. `total` is of this thread's keys alone until join().
 struct Rows {
     acc_t largest[OWN_Q], total[OWN_Q];
@@ -255,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
         q_next.put(tiles.chunks.q[0]);
         k_next.put(tiles.chunks.k[0]);
         __syncthreads();  // the first chunk is there
-        fetch_values(values, v + j0 * a.v.row_stride, a.v.row_stride, k_count, v_count);
+        Value::fetch(values, v + j0 * a.v.row_stride, a.v.row_stride, k_count, v_count);
 
         acc_t scores[OWN_Q][OWN_K] = {};
         for (int e0 = BLOCK_E, now = 0;; e0 += BLOCK_E, now ^= 1) {
@@ -304,11 +272,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
         for (int part = 0; part < TILE_K; part += TILE_V) {
             if (part > 0) {
                 __syncthreads();  // all are done with the last part
-                fetch_values(values, v + (j0 + part) * a.v.row_stride, a.v.row_stride, k_count - part, v_count);
+                Value::fetch(values, v + (j0 + part) * a.v.row_stride, a.v.row_stride, k_count - part, v_count);
             }
             wait_async();
             // In tensor cores infinity would meet what rounding took away, 0 perhaps.
-            const bool simple = (!some && !TENSOR_CORES) || finite_values(values);
+            const bool simple = (!some && !TENSOR_CORES) || Value::finite(values);
             const bool fast = __syncthreads_and(simple);  // weights and v are there
             if (part == 0) outputs.scale(factors);
             if (fast) {

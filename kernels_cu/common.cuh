@@ -305,6 +305,10 @@ struct Softmax {
     }
 };
 
+// What stands for the weight of a key that is ruled out: 0 in products, and not what a weight can be.
+__device__ __forceinline__ acc_t ruled_out() { return -(acc_t)0; }
+__device__ __forceinline__ bool is_ruled_out(acc_t weight) { return weight == 0 && signbit(weight); }
+
 // out[b, i, c] = x: unrounded where the backward pass will need it so, which with 16-bit numbers it does.
 __device__ __forceinline__ void store_out(const AttentionForward &p, int b, int i, int c, acc_t x) {
     if (p.unrounded) {
@@ -490,31 +494,31 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
 
 // ---- tiles in shared memory -----------------------------------------------------------------------------------
 
-// BLOCK rows on their way, WIDTH channels at a time, from global to shared memory: chunk[e][row]. fetch() may be called
+// Block rows on their way, Width channels at a time, from global to shared memory: chunk[e][row]. fetch() may be called
 // while the chunk before is read; what put() stores is there after a barrier.
-template <int BLOCK, int WIDTH>
+template <int Block, int Width>
 struct Transposed {
-    static_assert(WIDTH % LOAD == 0, "a chunk of a row is a whole number of 128-bit loads");
-    static const int STRIDE = BLOCK + VEC;  // the extra VEC spreads the transposed stores over the banks
-    typedef acc_t Shared[WIDTH][STRIDE];
+    static_assert(Width % LOAD == 0, "a chunk of a row is a whole number of 128-bit loads");
+    static const int STRIDE = Block + VEC;  // the extra VEC spreads the transposed stores over the banks
+    typedef acc_t Shared[Width][STRIDE];
 #if DTYPE == F32 || DTYPE == F64  // number by number, past the registers
-    static const int STEP = THREADS / WIDTH;  // rows that all threads load at once
-    static_assert(THREADS % WIDTH == 0 && BLOCK % STEP == 0, "all threads load whole rows together");
+    static const int STEP = THREADS / Width;  // rows that all threads load at once
+    static_assert(THREADS % Width == 0 && Block % STEP == 0, "all threads load whole rows together");
 
     __device__ __forceinline__ void fetch(Shared &chunk, const scalar_t *rows, int64 stride, int count, int channels,
                                           bool whole) {
-        const int e = threadIdx.x % WIDTH, first = threadIdx.x / WIDTH;
+        const int e = threadIdx.x % Width, first = threadIdx.x / Width;
         const scalar_t *from = rows + first * stride + e;
 #pragma unroll
-        for (int n = 0; n < BLOCK; n += STEP, from += STEP * stride) {
+        for (int n = 0; n < Block; n += STEP, from += STEP * stride) {
             copy_async<scalar_t>(&chunk[e][first + n], from, whole || (first + n < count && e < channels));
         }
     }
     __device__ __forceinline__ void put(Shared &) const { wait_async(); }
 #else  // by 128-bit loads to registers, where they become acc_t
-    static const int GROUPS = WIDTH / LOAD;                // 128-bit loads in a row of a chunk
+    static const int GROUPS = Width / LOAD;                // 128-bit loads in a row of a chunk
     static const int STEP = THREADS / GROUPS;                // rows that all threads load at once
-    static const int MINE = (BLOCK + STEP - 1) / STEP;
+    static const int MINE = (Block + STEP - 1) / STEP;
     static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
     Load numbers[MINE];
 
@@ -524,7 +528,7 @@ struct Transposed {
         const scalar_t *from = rows + first * stride + e;
 #pragma unroll
         for (int n = 0; n < MINE; ++n, from += STEP * stride) {
-            if (whole && BLOCK % STEP == 0) {
+            if (whole && Block % STEP == 0) {
                 numbers[n] = *(const Load *)from;
             } else {
                 numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
@@ -535,12 +539,47 @@ struct Transposed {
         const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
 #pragma unroll
         for (int n = 0; n < MINE; ++n) {
-            if (BLOCK % STEP != 0 && first + n * STEP >= BLOCK) break;
+            if (Block % STEP != 0 && first + n * STEP >= Block) break;
 #pragma unroll
             for (int i = 0; i < LOAD; ++i) chunk[e + i][first + n * STEP] = to_acc(numbers[n].at[i]);
         }
     }
 #endif
+};
+
+// Rows in shared memory as they are: values[row][column], zeros where there are none. What fetch() copies is there after
+// wait_async() and a barrier.
+template <int Block, int Width>
+struct Straight {
+    typedef scalar_t Shared[Block][Width + LOAD];  // the extra LOAD spreads the rows over the banks
+    static const int GROUPS = Width / LOAD, MINE = Block * GROUPS / THREADS;  // 128-bit loads in a row, and of a thread
+    static_assert(Width % LOAD == 0 && Block * GROUPS % THREADS == 0, "all threads load as much");
+
+    __device__ __forceinline__ static void fetch(Shared &values, const scalar_t *from, int64 stride, int rows, int columns) {
+        const bool whole = columns >= Width && aligned_rows(from, stride);
+#pragma unroll
+        for (int n = 0; n < MINE; ++n) {
+            const int place = threadIdx.x + n * THREADS, row = place / GROUPS, column = place % GROUPS * LOAD;
+            const scalar_t *mine = from + row * stride + column;
+            if (whole) {
+                copy_async<Load>(&values[row][column], mine, row < rows);
+            } else {
+                *(Load *)&values[row][column] = load(mine, row < rows ? columns - column : 0);
+            }
+        }
+    }
+    // Whether all that this thread fetched, and waited for, is finite.
+    __device__ __forceinline__ static bool finite(const Shared &values) {
+        acc_t zero = 0;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n) {
+            const int place = threadIdx.x + n * THREADS;
+            const Load numbers = *(const Load *)&values[place / GROUPS][place % GROUPS * LOAD];
+#pragma unroll
+            for (int i = 0; i < LOAD; ++i) zero = multiply_add(to_acc(numbers.at[i]), 0, zero);
+        }
+        return zero == 0;
+    }
 };
 
 // A thread's numbers of one channel: groups of VEC neighbours, APART * VEC apart, so that a warp reads without conflicts.

@@ -94,8 +94,9 @@ def _backward(
     own = {name: field for field, name in (("dx", dx), ("dxv", dxv)) if name in known}
     kept = _fill_saved(args, plan, known, owner, own)
     args["of_key"] = dx != "dquery"
-    channels = plan.channels + (plan.channels_v if args["of_key"] else 0)
-    tiles = _tiles(owner.shape[-2], variant, "BLOCK_X") * _tiles(channels, variant, "BLOCK_E")
+    blocks_e = _tiles(plan.channels, variant, "BLOCK_E")
+    blocks_v = _tiles(plan.channels_v, variant, "BLOCK_E") if args["of_key"] else 0
+    tiles = _tiles(owner.shape[-2], variant, "BLOCK_X") * (blocks_e + blocks_v)
     return _launch(variant, plan, args, kept * tiles, _saved_places(_BACKWARD, own))
 
 

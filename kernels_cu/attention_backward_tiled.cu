@@ -15,7 +15,7 @@
 // softmax can be. So a tile in which one |h| is above 1 / EVEN_SHARE of its row's takes signs in four instructions, which
 // lose nothing, and one with what is not finite by comparison.
 //
-// @variant  op=attention_backward dtypes=f32,f16,bf16 BLOCK_X=64 TILE_Y=64 BLOCK_E=64 WIDTH=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2 rank=20
+// @variant  op=attention_backward dtypes=f32,f16,bf16 BLOCK_X=64 TILE_Y=32,64 BLOCK_E=64 WIDTH=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3,2 rank=20
 // @variant  op=attention_backward dtypes=f64 BLOCK_X=32 TILE_Y=32 BLOCK_E=32 WIDTH=8 ROWS=4 CHANNELS=2 THREADS=128 BLOCKS_PER_SM=2 rank=20
 
 const int ACROSS = 8, DOWN = THREADS / ACROSS;              // threads along a row and a column of a tile of scores
@@ -38,11 +38,13 @@ struct Queries {  // of a tile, what backward starts from
     acc_t largest[BLOCK_X > TILE_Y ? BLOCK_X : TILE_Y], factor[BLOCK_X > TILE_Y ? BLOCK_X : TILE_Y];
     acc_t delta[BLOCK_X > TILE_Y ? BLOCK_X : TILE_Y];
 };
-struct Side {  // rows of a matrix of which some are in the tile
+struct Side {  // rows of a matrix, from the first of a tile on
     const scalar_t *rows;
     int64 stride;
-    int count;
 };
+__device__ __forceinline__ Side side(const Matrix &m, const Attention &a, int b, int first) {
+    return {matrix(m, a.batch_shape, b) + first * m.row_stride, m.row_stride};
+}
 
 // Offset in the tile of a thread's n-th row or column: groups of VEC neighbours, `apart` * VEC apart.
 __device__ __forceinline__ int place(int n, int thread, int apart) { return n / VEC * VEC * apart + thread * VEC + n % VEC; }
@@ -50,15 +52,18 @@ __device__ __forceinline__ int place(int n, int thread, int apart) { return n / 
 // sum |x - y|, or sum x * y, over all channels, for the OWN_X x OWN_Y pairs of a thread. `ready` runs when the first
 // chunk is there.
 template <bool DISTANCE_OF, typename Ready>
-__device__ __forceinline__ void sum_channels(acc_t (&sum)[OWN_X][OWN_Y], Chunks &chunks, Side x, Side y, int channels, Ready ready) {
-    const bool whole = x.count >= BLOCK_X && y.count >= TILE_Y && channels % WIDTH == 0 && channels > 0 &&
+__device__ __forceinline__ void sum_channels(acc_t (&sum)[OWN_X][OWN_Y], Chunks &chunks, Side x, int x_count, Side y,
+                                             int y_count, int channels, Ready ready) {
+    const bool whole = x_count >= BLOCK_X && y_count >= TILE_Y && channels % WIDTH == 0 && channels > 0 &&
                        aligned_rows(x.rows, x.stride) && aligned_rows(y.rows, y.stride);
+    compute_again(x.rows, x.stride);  // addresses that are the same for all tiles would take registers from the sums
+    compute_again(y.rows, y.stride);
     Transposed<BLOCK_X, WIDTH> x_next;
     Transposed<TILE_Y, WIDTH> y_next;
 #pragma unroll
     for (int n = 0; n < OWN_X * OWN_Y; ++n) sum[n / OWN_Y][n % OWN_Y] = 0;
-    x_next.fetch(chunks.x[0], x.rows, x.stride, x.count, channels, whole);
-    y_next.fetch(chunks.y[0], y.rows, y.stride, y.count, channels, whole);
+    x_next.fetch(chunks.x[0], x.rows, x.stride, x_count, channels, whole);
+    y_next.fetch(chunks.y[0], y.rows, y.stride, y_count, channels, whole);
     x_next.put(chunks.x[0]);
     y_next.put(chunks.y[0]);
     __syncthreads();  // the first chunk is there
@@ -66,8 +71,8 @@ __device__ __forceinline__ void sum_channels(acc_t (&sum)[OWN_X][OWN_Y], Chunks 
     for (int e0 = WIDTH, now = 0;; e0 += WIDTH, now ^= 1) {
         const bool more = e0 < channels;
         if (more) {  // the next chunk is on the way while the sums below are formed
-            x_next.fetch(chunks.x[now ^ 1], x.rows + e0, x.stride, x.count, channels - e0, whole);
-            y_next.fetch(chunks.y[now ^ 1], y.rows + e0, y.stride, y.count, channels - e0, whole);
+            x_next.fetch(chunks.x[now ^ 1], x.rows + e0, x.stride, x_count, channels - e0, whole);
+            y_next.fetch(chunks.y[now ^ 1], y.rows + e0, y.stride, y_count, channels - e0, whole);
         }
 #pragma unroll 4
         for (int e = 0; e < WIDTH; ++e) {
@@ -96,6 +101,19 @@ __device__ __forceinline__ void read_row(acc_t (&mine)[CHANNELS], const scalar_t
         const Store numbers = *(const Store *)&row[place(c, threadIdx.x % ALONG, ALONG)];
 #pragma unroll
         for (int n = 0; n < VEC; ++n) mine[c + n] = to_acc(numbers.at[n]);
+    }
+}
+
+// A thread's numbers of the rows of x whose gradients it has; zeros where there are none.
+__device__ __forceinline__ void load_x(acc_t (&x)[ROWS][CHANNELS], Side side, int e0, int rows, int channels) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const int i = place(r, threadIdx.x / ALONG, BELOW);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) {
+            const int e = place(c, threadIdx.x % ALONG, ALONG);
+            x[r][c] = i < rows && e < channels ? to_acc(side.rows[i * side.stride + e0 + e]) : 0;
+        }
     }
 }
 
@@ -171,6 +189,23 @@ __device__ __forceinline__ void fetch_query(Queries &queries, const AttentionSav
     queries.delta[threadIdx.x] = exists ? accumulated(p.delta, p.a.batch_shape, b)[i * p.delta.row_stride] : 0;
 }
 
+// What the mask adds to this thread's scores, -inf where it or their place rules pairs out, to where their factors will be.
+// There are not the registers to hold it.
+__device__ __forceinline__ void fetch_mask(Factors &added, const Attention &a, int64 mask, bool of_key, int x0, int y0) {
+#pragma unroll 1
+    for (int r = 0; r < OWN_X; ++r) {
+        const int x_place = place(r, threadIdx.x / ACROSS, DOWN), x = x0 + x_place;
+        const int first = of_key ? first_query(a, x) : first_key(a, x);
+        const int after = x >= (of_key ? a.length_k : a.length_q) ? 0 : of_key ? end_of_queries(a, x) : end_of_keys(a, x);
+#pragma unroll
+        for (int c = 0; c < OWN_Y; ++c) {
+            const int y_place = place(c, threadIdx.x % ACROSS, ACROSS), y = y0 + y_place;
+            const int64 at = mask + (of_key ? y : x) * a.mask.row_stride + (of_key ? x : y) * a.mask_column;
+            added[y_place][x_place] = y < first || y >= after ? -infinity() : masked_at(a, at, 0);
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_backward(const AttentionBackward p) {
     const Attention &a = p.s.a;
     const bool of_key = p.of_key;
@@ -179,8 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const unsigned x_blocks = ceil_div(length_x, BLOCK_X), tile = blockIdx.x / parts, kept = tile / x_blocks;
     const unsigned part = blockIdx.x - tile * parts, x_block = tile - kept * x_blocks;
     const bool of_v = part >= x_parts;
-    const Matrix &result = of_v ? p.dxv : p.dx;
-    if (!result.data) return;  // the same for the whole block
+    if (!(of_v ? p.dxv.data : p.dx.data)) return;  // the same for the whole block
     const int e0 = (of_v ? part - x_parts : part) * BLOCK_E, entry = kept * p.s.summed;
     const int channels = min(BLOCK_E, (of_v ? a.channels_v : a.channels) - e0);
     const int x0 = (of_key ? x_block : x_blocks - 1 - x_block) * BLOCK_X;  // causal: the longest first
@@ -195,9 +229,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const int below = threadIdx.x / ALONG, along = threadIdx.x % ALONG;
     acc_t sum[ROWS][CHANNELS] = {}, h_sum = 0;  // h_sum is of row threadIdx.x of the tile
 
-    const Matrix &x_of = of_key ? a.k : a.q, &y_of = of_key ? a.q : a.k;
-    const Matrix &x2_of = of_key ? a.v : p.s.grad, &y2_of = of_key ? p.s.grad : a.v;
-    const scalar_t *x_rows = matrix(x_of, a.batch_shape, entry) + x0 * x_of.row_stride + e0;
+    acc_t x[ROWS][CHANNELS];
+    bool x_finite = true;
+    load_x(x, of_key ? side(a.k, a, entry, x0) : side(a.q, a, entry, x0), e0, x_count, of_v ? 0 : channels);
+#pragma unroll
+    for (int n = 0; n < ROWS * CHANNELS; ++n) x_finite = x_finite && finite(x[n / CHANNELS][n % CHANNELS]);
 
     // Rows of y that all rows of x are paired with; those from y0 up to `end` with some of them.
     const int all_first = of_key ? first_query(a, x_last) : first_key(a, x_last);
@@ -206,47 +242,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const Derivative f(a.score, (acc_t)a.scale, (acc_t)a.eps);
     for (int b = entry; b < entry + p.s.summed; ++b) {
         const int64 mask = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
-        for (int y0 = of_key ? first_query(a, x0) : first_key(a, x0); y0 < end; y0 += TILE_Y) {
+        int y0 = of_key ? first_query(a, x0) : first_key(a, x0);
+        const Side q = side(a.q, a, b, of_key ? y0 : x0), k = side(a.k, a, b, of_key ? x0 : y0);
+        const Side grad = side(p.s.grad, a, b, of_key ? y0 : x0), v = side(a.v, a, b, of_key ? x0 : y0);
+        const Side x_side = of_key ? k : q, x2_side = of_key ? v : grad;
+        Side y_side = of_key ? q : k, y2_side = of_key ? grad : v;
+        for (; y0 < end; y0 += TILE_Y) {
             const int y_count = (of_key ? a.length_q : a.length_k) - y0;
-            const auto side = [&](const Matrix &m, int first, int count) -> Side {
-                return {matrix(m, a.batch_shape, b) + first * m.row_stride, m.row_stride, count};
-            };
-            const Side y = side(y_of, y0, y_count), y2 = side(y2_of, y0, y_count);
             acc_t scores[OWN_X][OWN_Y];
             fetch_query(queries, p.s, b, (of_key ? y0 : x0) + threadIdx.x, of_key ? TILE_Y : BLOCK_X);
-            sum_channels<true>(scores, tiles.chunks, side(x_of, x0, x_count), y, a.channels, [&] {
-                const Side &rows = of_v ? y2 : y;
+            sum_channels<true>(scores, tiles.chunks, x_side, x_count, y_side, y_count, a.channels, [&] {
+                const Side rows = of_v ? y2_side : y_side;
                 Y::fetch(y_rows, rows.rows + e0, rows.stride, y_count, channels);
             });
             const bool some = a.mask_kind != NO_MASK || y0 < all_first || y0 + TILE_Y > all_end || x_count < BLOCK_X;
             bool simple = true, even = true;
+            __syncthreads();  // all are done with the chunks, whose place others take
+            if (some) fetch_mask(tiles.factors, a, mask, of_key, x0, y0);
 #pragma unroll
             for (int r = 0; r < OWN_X; ++r) {  // scores become weights, times the derivative for dx
-                const int x_place = place(r, threadIdx.x / ACROSS, DOWN), x_at = x0 + x_place;
-                const int first = of_key ? first_query(a, x_at) : first_key(a, x_at);
-                const int after = x_at >= length_x ? 0 : of_key ? end_of_queries(a, x_at) : end_of_keys(a, x_at);
                 apply_score(scores[r], a.score, (acc_t)a.scale, (acc_t)a.eps);
 #pragma unroll
                 for (int c = 0; c < OWN_Y; ++c) {
-                    const int y_place = place(c, threadIdx.x % ACROSS, ACROSS), y_at = y0 + y_place;
+                    const int x_place = place(r, threadIdx.x / ACROSS, DOWN), y_place = place(c, threadIdx.x % ACROSS, ACROSS);
                     const int query = of_key ? y_place : x_place;
-                    const acc_t score = scores[r][c];
-                    acc_t shifted = score == -infinity() ? FARTHEST : score;
-                    if (some) {
-                        const int i = of_key ? y_at : x_at, j = of_key ? x_at : y_at;
-                        const int64 at = mask + i * a.mask.row_stride + j * a.mask_column;
-                        shifted = y_at < first || y_at >= after ? -infinity() : masked_at(a, at, score);
-                    }
-                    const bool left = shifted != -infinity();
+                    const acc_t score = scores[r][c], shifted = with_mask(score, some ? tiles.factors[y_place][x_place] : 0);
                     const acc_t weight = quick_exponential(shifted - queries.largest[query]) * queries.factor[query];
                     // Adding 0 makes 0 of -0, which stands for keys that are ruled out.
-                    scores[r][c] = !left ? ruled_out() : of_v ? weight : multiply_add(weight, f(score), 0);
+                    const acc_t factor = of_v ? weight : multiply_add(weight, f(score), 0);
+                    scores[r][c] = shifted == -infinity() ? ruled_out() : factor;
                 }
             }
-            __syncthreads();  // all are done with the chunks, whose place others take
+            __syncthreads();  // all have read what the mask adds
             if (!of_v) {
                 acc_t products[OWN_X][OWN_Y];
-                sum_channels<false>(products, tiles.chunks, side(x2_of, x0, x_count), y2, a.channels_v, [] {});
+                sum_channels<false>(products, tiles.chunks, x2_side, x_count, y2_side, y_count, a.channels_v, [] {});
 #pragma unroll
                 for (int r = 0; r < OWN_X; ++r) {
                     acc_t of_row = 0, most = 0;
@@ -277,19 +307,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
                     *(Vec *)&tiles.factors[y_place][place(r, threadIdx.x / ACROSS, DOWN)] = group;
                 }
             }
-            acc_t x[ROWS][CHANNELS];  // again for each tile: registers are for scores and products until here
-            bool x_finite = true;
-            if (!of_v) {
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-                    for (int c = 0; c < CHANNELS; ++c) {
-                        const int i = place(r, below, BELOW), e = place(c, along, ALONG);
-                        x[r][c] = i < x_count && e < channels ? to_acc(x_rows[i * x_of.row_stride + e]) : 0;
-                        x_finite = x_finite && finite(x[r][c]);
-                    }
-                }
-            }
             wait_async();
             simple = of_v ? !some || Y::finite(y_rows) : simple && x_finite && Y::finite(y_rows);
             const bool fast = __syncthreads_and(simple);  // the factors are there, and the rows of y
@@ -299,13 +316,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
             }
             add_tile(sum, x, tiles.factors, y_rows, of_v, way);
             __syncthreads();  // all are done with the tile
+            y_side.rows += TILE_Y * y_side.stride;
+            y2_side.rows += TILE_Y * y2_side.stride;
         }
     }
 
     acc_t *h_sums = tiles.factors[0];
     if (threadIdx.x < BLOCK_X) h_sums[threadIdx.x] = h_sum;
     __syncthreads();  // the sums of h are there
-    scalar_t *dx = matrix(result, a.batch_shape, entry) + x0 * result.row_stride + e0;
+    const Side result = of_v ? side(p.dxv, a, entry, x0) : side(p.dx, a, entry, x0);
+    scalar_t *dx = (scalar_t *)result.rows + e0;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const int i = place(r, below, BELOW);
@@ -313,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
         for (int c = 0; c < CHANNELS; ++c) {
             const int e = place(c, along, ALONG);
             const acc_t gradient = of_v ? sum[r][c] : 2 * sum[r][c] - h_sums[i];
-            if (i < x_count && e < channels) dx[i * result.row_stride + e] = to_scalar(gradient);
+            if (i < x_count && e < channels) dx[i * result.stride + e] = to_scalar(gradient);
         }
     }
 }

@@ -12,9 +12,9 @@
 // Weights stay float32 for the tensor cores: they take each as the sum of two 16-bit numbers. Float16 has too few small
 // numbers for that, so there weights are WEIGHT_SCALE times as large until the end.
 //
-// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64,128 TILE_K=64 TILE_V=64,32 BLOCK_E=16 BLOCK_V=64 THREADS=128,256 BLOCKS_PER_SM=3,2 rank=20 max_v=64
+// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64,128 TILE_K=64 TILE_V=64,32 BLOCK_E=16 BLOCK_V=64 THREADS=128,256 BLOCKS_PER_SM=3,2,4 rank=20 max_v=64
 // @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 THREADS=128 BLOCKS_PER_SM=2,3 rank=19
-// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64,128 TILE_K=64 TILE_V=64,32 BLOCK_E=16 BLOCK_V=64 THREADS=128,256 BLOCKS_PER_SM=3,2 rank=20 max_v=64
+// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64,128 TILE_K=64 TILE_V=64,32 BLOCK_E=16 BLOCK_V=64 THREADS=128,256 BLOCKS_PER_SM=3,2,4 rank=20 max_v=64
 // @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64 TILE_K=64 TILE_V=64 BLOCK_E=16 BLOCK_V=128 THREADS=128 BLOCKS_PER_SM=2,3 rank=19
 // @variant  op=attention_forward dtypes=f64 BLOCK_Q=32 TILE_K=32 TILE_V=32 BLOCK_E=8 BLOCK_V=32 THREADS=128 BLOCKS_PER_SM=2 rank=20
 
@@ -139,6 +139,20 @@ struct Rows {
         return c / VEC * VEC * ACROSS + threadIdx.x % ACROSS * VEC + c % VEC;
     }
 
+    // What the mask adds to this thread's scores, -inf where it or their place rules keys out, to where their weights will
+    // be. There are not the registers to hold it.
+    __device__ __forceinline__ static void fetch_mask(Weights &added, const Attention &a, int64 mask, int i0, int j0) {
+#pragma unroll 1
+        for (int r = 0; r < OWN_Q; ++r) {
+            const int i = i0 + query(r), first = first_key(a, i), after = i < a.length_q ? end_of_keys(a, i) : 0;
+#pragma unroll
+            for (int c = 0; c < OWN_K; ++c) {
+                const int j = j0 + key(c);
+                const int64 place = mask + i * a.mask.row_stride + j * a.mask_column;
+                added[query(r)][key(c)] = j < first || j >= after ? -infinity() : masked_at(a, place, 0);
+            }
+        }
+    }
     // Weights of one more tile, from its masked scores, and what to multiply former sums by.
     __device__ __forceinline__ void add(acc_t (&scores)[OWN_Q][OWN_K], Weights &weights, acc_t *factors) {
 #pragma unroll
@@ -250,24 +264,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
         }
 
         const bool some = a.mask_kind != NO_MASK || j0 < all_first || j0 + TILE_K > all_end;  // keys are ruled out
+        __syncthreads();  // all are done with the chunks, whose place the weights take
+        if (some) rows.fetch_mask(tiles.weights, a, mask, i0, j0);
 #pragma unroll
         for (int r = 0; r < OWN_Q; ++r) {
             apply_score(scores[r], a.score, (acc_t)a.scale, (acc_t)a.eps);
-            if (some) {
-                const int i = i0 + rows.query(r), first = first_key(a, i);
-                const int after = i < a.length_q ? end_of_keys(a, i) : 0;
 #pragma unroll
-                for (int c = 0; c < OWN_K; ++c) {
-                    const int j = j0 + rows.key(c);
-                    const int64 place = mask + i * a.mask.row_stride + j * a.mask_column;
-                    scores[r][c] = j < first || j >= after ? -infinity() : masked_at(a, place, scores[r][c]);
-                }
-            } else {
-#pragma unroll
-                for (int c = 0; c < OWN_K; ++c) scores[r][c] = scores[r][c] == -infinity() ? FARTHEST : scores[r][c];
+            for (int c = 0; c < OWN_K; ++c) {
+                scores[r][c] = with_mask(scores[r][c], some ? tiles.weights[rows.query(r)][rows.key(c)] : 0);
             }
         }
-        __syncthreads();  // all are done with the chunks, whose place the weights take
         rows.add(scores, tiles.weights, factors);
         for (int part = 0; part < TILE_K; part += TILE_V) {
             if (part > 0) {

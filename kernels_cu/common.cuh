@@ -274,6 +274,12 @@ __device__ __forceinline__ acc_t masked_at(const Attention &a, int64 place, acc_
     }
     return score == -infinity() ? FARTHEST : score;
 }
+// The same from what the mask adds, -inf where it rules the key out.
+__device__ __forceinline__ acc_t with_mask(acc_t score, acc_t added) {
+    if (added == -infinity()) return added;
+    score += added;
+    return score == -infinity() ? FARTHEST : score;
+}
 __device__ __forceinline__ acc_t masked(const Attention &a, int b, int i, int j, acc_t score) {
     const int64 place = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
     return masked_at(a, place + i * a.mask.row_stride + j * a.mask_column, score);
@@ -491,6 +497,13 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
 #else
 #define TENSOR_CORES 0
 #endif
+
+// Keeps the compiler from computing what depends on these before the loop that the call is in.
+__device__ __forceinline__ void compute_again(const scalar_t *&address, int64 &stride) {
+#ifndef L1ATTN_EMULATOR
+    asm volatile("" : "+l"(address), "+l"(stride));
+#endif
+}
 
 // ---- tiles in shared memory -----------------------------------------------------------------------------------
 

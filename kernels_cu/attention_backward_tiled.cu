@@ -206,7 +206,13 @@ __device__ __forceinline__ void fetch_mask(Factors &added, const Attention &a, i
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_backward(const AttentionBackward p) {
+#if !defined(L1ATTN_EMULATOR) && __CUDA_ARCH__ >= 1200
+const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // what the compiler makes of it there takes more registers
+#else
+const int BLOCKS = BLOCKS_PER_SM;
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward(const AttentionBackward p) {
     const Attention &a = p.s.a;
     const bool of_key = p.of_key;
     const unsigned x_parts = ceil_div(a.channels, BLOCK_E), parts = x_parts + (of_key ? ceil_div(a.channels_v, BLOCK_E) : 0);

@@ -358,23 +358,28 @@ def hot_loop(instructions: Sequence[Instruction]) -> Loop:
     ValueError
         No loop has a term.
     """
+    innermost = loops(instructions)
+    if not innermost:
+        raise ValueError("no loop of this kernel has a term that can be recognised (see the top of machine_code.py)")
+    return max(innermost, key=lambda loop: (loop.terms, -len(loop.instructions)))
+
+
+def loops(instructions: Sequence[Instruction]) -> list[Loop]:
+    """The innermost loops that have terms: a kernel with sums and signs has one for each, and slower ways beside."""
     ends: dict[int, int] = {}  # of each loop's first instruction, the last jump back to it
     for at, instruction in enumerate(instructions):
         if instruction.base == "BRA" and instruction.target is not None and instruction.target < at:
             ends[instruction.target] = at
-    loops: dict[tuple[int, int], Loop] = {}
+    found: dict[tuple[int, int], Loop] = {}
     for start, end in ends.items():
         loop = Loop(tuple(instructions[at] for at in _way_round(instructions, start, end)))
         if loop.terms:
-            loops[start, end] = loop
-    innermost = [
+            found[start, end] = loop
+    return [
         loop
-        for (start, end), loop in loops.items()
-        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+        for (start, end), loop in found.items()
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in found)
     ]
-    if not innermost:
-        raise ValueError("no loop of this kernel has a term that can be recognised (see the top of machine_code.py)")
-    return max(innermost, key=lambda loop: (loop.terms, -len(loop.instructions)))
 
 
 def _way_round(instructions: Sequence[Instruction], start: int, end: int) -> list[int]:

@@ -65,7 +65,7 @@ class Variant:
         return self.parameters.get("ATOMIC", 0) == 1
 
     def fits(self, dtype: str, sizes: Mapping[str, int]) -> bool:
-        """Whether this variant is for ``dtype`` and for ``sizes``, which has the keys q, k and e, and v for attention."""
+        """Whether this variant is for ``dtype`` and for ``sizes``, which has the keys q, k, e and, for attention, v."""
         within = (
             (sizes[limit[-1]] >= bound) if limit.startswith("min") else (sizes[limit[-1]] <= bound)
             for limit, bound in self.limits.items()

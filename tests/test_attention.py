@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import attention_cases
 import numpy as np
 import pytest
 import torch
@@ -225,6 +226,35 @@ def test_attention_nan_and_infinity(where, score):
     expected = reference.l1_attention(*given[:3], score=score, scale=0.2)
     assert not expected[0].isfinite().all()
     ExpectedAttention(*given[:3], score=score, scale=0.2).assert_results(out, lse)
+
+
+@pytest.mark.parametrize("name, dtype", attention_cases.CASES)
+def test_attention_hard(name, dtype):
+    """Where a rounded log-sum-exp or a rounded out would leave little of the gradients."""
+    attention_cases.check_hard(testing_attention.run, name, dtype)
+
+
+def test_attention_nan_in_a_value_of_no_weight():
+    attention_cases.check_nan_in_a_value_of_no_weight(testing_attention.run)
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(17, 70), torch.ones(70, dtype=torch.bool)], ids=str)
+def test_attention_infinite_query(mask):
+    attention_cases.check_infinite_query(testing_attention.run, mask)
+
+
+def test_attention_infinite_key():
+    attention_cases.check_infinite_key(testing_attention.run)
+
+
+def test_attention_infinite_query_and_keys_in_parts():
+    """NaN only if the keys of all parts are infinitely far away."""
+    query, key, value = torch.zeros(2, 1, 3), torch.zeros(2, 4097, 3), torch.randn(2, 4097, 5)
+    key[0], key[1, 1024:] = torch.inf, torch.inf
+    out, lse = l1.l1_attention(query, key, value, score="negative", return_lse=True)
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    torch.testing.assert_close(out[1, 0], value[1, :1024].mean(0))
 
 
 @pytest.mark.parametrize("layout", NUMPY_LAYOUTS)

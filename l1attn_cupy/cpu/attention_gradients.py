@@ -41,22 +41,33 @@ _LANES4, _LANES8 = lanes(4), lanes(8)
 
 
 def _delta(grad, out, grad_lse, delta, dtypes, batch, sizes, runs, like):
-    """``delta[i] = sum_c grad[i, c] * out[i, c] - grad_lse[i]``; ``like`` is of the type of delta."""
+    """``delta[i] = sum_c grad[i, c] * out[i, c] - grad_lse[i]``; ``like`` is of the type of delta.
+
+    Summed as `_product_tile` does: where one key has all the weight, out is its value, and the gradient of the score,
+    a difference of such sums, is exactly 0.
+    """
     dtype, itemsize, out_dtype, out_itemsize, sum_itemsize, lse_itemsize = dtypes
     batches, length, channels = sizes
+    width = _WIDTH4 if like.itemsize == 4 else _WIDTH8
+    blocks, padded = _blocks(length, width), _blocks(channels, width) * width
+    tasks = batches * blocks
     for run in prange(runs):
-        a, b = np.empty((1, channels), like.dtype), np.empty((1, channels), like.dtype)
-        for task in range(batches * length * run // runs, batches * length * (run + 1) // runs):
-            index, i = task // length, task % length
-            load_rows(_address(grad, itemsize, index, batch, i, 0), dtype, 0, grad.column, 1, channels, a)
-            load_rows(_address(out, out_itemsize, index, batch, i, 0), out_dtype, 0, out.column, 1, channels, b)
-            total = np.float64(0)
-            for c in range(channels):
-                total += np.float64(a[0, c]) * np.float64(b[0, c])
-            if grad_lse.data != 0:
-                place = _address(grad_lse, lse_itemsize, index, batch, i, 0)
-                total -= peek(place, 0, np.float64(0)) if lse_itemsize == 8 else peek(place, 0, np.float32(0))
-            poke(_address(delta, sum_itemsize, index, batch, i, 0), 0, like.dtype.type(total))
+        scratch, tile = np.empty((width, padded), like.dtype), np.empty((width, width), like.dtype)
+        a, b = np.empty((1, padded, width), like.dtype), np.empty((1, padded, width), like.dtype)
+        for task in range(tasks * run // runs, tasks * (run + 1) // runs):
+            index, i = task // blocks, task % blocks * width
+            rows = min(width, length - i)
+            source = _address(grad, itemsize, index, batch, i, 0)
+            _load_panels(source, dtype, itemsize, grad, rows, channels, scratch, a)
+            source = _address(out, out_itemsize, index, batch, i, 0)
+            _load_panels(source, out_dtype, out_itemsize, out, rows, channels, scratch, b)
+            _product_tile(a, 1, b, 0, channels, tile)
+            for r in range(rows):
+                total = np.float64(tile[r, r])
+                if grad_lse.data != 0:
+                    place = _address(grad_lse, lse_itemsize, index, batch, i + r, 0)
+                    total -= peek(place, 0, np.float64(0)) if lse_itemsize == 8 else peek(place, 0, np.float32(0))
+                poke(_address(delta, sum_itemsize, index, batch, i + r, 0), 0, like.dtype.type(total))
 
 
 @kernel()

@@ -28,7 +28,7 @@ from .vector import (
 _INTEGER = types.intp
 
 #: Channels in one run of sums. Few, as the softmax turns the absolute error of a score into a relative one.
-CHANNELS_PER_SUM = 32
+CHANNELS_PER_SUM = 16
 
 #: Weights that `softmax_step` adds together before it adds them to the others; divides the rows of a tile.
 _GROUP = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from . import arrays, plan_attention, run_attention
@@ -87,6 +86,7 @@ def l1_attention(
     Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning", 2023.
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_lse", return_lse)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
@@ -157,6 +157,7 @@ def l1_attention_backward(
     need not call this: `l1_attention` is differentiable, and keeps for it what is exact.
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_dmask", return_dmask)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     arguments = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     saved = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
@@ -231,6 +232,7 @@ def l1_attention_varlen(
     (5, 1, 1)
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_lse", return_lse)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
@@ -260,7 +262,7 @@ def _accept(**given: Any) -> dict[str, Any]:
 
 
 def _plan(
-    given: dict[str, Any], options: plan_attention.AttentionOptions, segments: Sequence[Any] | None = None
+    given: dict[str, Any], options: plan_attention.AttentionOptions, segments: plan_attention.Segments | None = None
 ) -> plan_attention.AttentionPlan:
     specs = [None if array is None else arrays.describe(array) for array in given.values()]
-    return plan_attention.attention(*specs, options, segments)
+    return plan_attention.attention(specs, options, segments)

@@ -41,9 +41,10 @@ def _plan(
 ) -> AttentionPlan:
     segments = None
     if ends_q is not None and ends_k is not None:
-        segments = plan_attention.segments(ends_q.tolist(), ends_k.tolist(), query.shape[-2], key.shape[-2])
-    specs = [None if array is None else arrays.describe(array) for array in (query, key, value, mask)]
-    return plan_attention.attention(*specs, AttentionOptions(*options), segments)
+        ends = arrays.integers("cu_seqlens_q", ends_q), arrays.integers("cu_seqlens_k", ends_k)
+        segments = plan_attention.segments(*ends, query.shape[-2], key.shape[-2])
+    specs = [None if x is None else arrays.describe(x) for x in (query, key, value, mask)]
+    return plan_attention.attention(specs, AttentionOptions(*options), segments)
 
 
 def _resolved(*given: _Optional) -> list[Any]:
@@ -210,7 +211,7 @@ def _check(
     if not always and all(map(_dispatches, present.values())):
         return
     specs = {name: _spec(name, array) if name in present else None for name, array in everything.items()}
-    call = plan_attention.attention(*(specs[name] for name in given), options)
+    call = plan_attention.attention([specs[name] for name in given], options)
     if saved is not None:
         plan_attention.attention_backward(call, *(specs[name] for name in saved))
 
@@ -271,10 +272,11 @@ def attention_varlen(
     if not torch.compiler.is_compiling():
         for name, array in given.items():
             plan_attention.check_packed(name, _spec(name, array).shape)
-        cu_seqlens_q = torch.tensor(arrays.integers("cu_seqlens_q", cu_seqlens_q))
-        cu_seqlens_k = torch.tensor(arrays.integers("cu_seqlens_k", cu_seqlens_k))
+        cu_seqlens_q = arrays.integers("cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_k = arrays.integers("cu_seqlens_k", cu_seqlens_k)
+    ends_q, ends_k = torch.as_tensor(cu_seqlens_q), torch.as_tensor(cu_seqlens_k)
     q, k, v = (array.swapaxes(0, 1) for array in given.values())
     if not torch.compiler.is_compiling():
         _check({"query": q, "key": k, "value": v, "attn_mask": None}, options)
-    out, lse = _apply(q, k, v, None, cu_seqlens_q, cu_seqlens_k, options)
+    out, lse = _apply(q, k, v, None, ends_q, ends_k, options)
     return out.swapaxes(0, 1), lse

@@ -11,7 +11,7 @@ import torch
 from cases import BROADCAST, DTYPES, LENGTHS, NUMPY_LAYOUTS, SCORES, TORCH_LAYOUTS, assert_identical, options, to_numpy
 
 import l1attn_cupy as l1
-from l1attn_cupy import reference, testing_attention
+from l1attn_cupy import plan_attention, reference, testing_attention
 from l1attn_cupy.cpu import attention_backend, threads, vector_attention
 from l1attn_cupy.cpu.jit import kernel
 from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
@@ -358,7 +358,7 @@ def test_attention_skips_what_is_ruled_out():
 @pytest.mark.parametrize("runs", [1, 2, 3, 8, 64])
 def test_attention_runs_share_causal_work_evenly(runs):
     """Static shares: the largest is at most 6 % above the mean at length 4096 (one thread has several runs)."""
-    side = attention_backend._Side(((0, 4096, 0, 4096),), 0, 1 << 40)
+    side = attention_backend._Side(np.array([[0, 4096, 0, 4096]]), 0, 1 << 40)
     table = attention_backend._work(side, 64, 1)
     cost = table[:, 1] * (table[:, 3] - table[:, 2])
     shares = [0] * runs
@@ -392,6 +392,40 @@ def test_attention_exp_error(dtype, lowest):
     assert (result[~normal] <= np.finfo(dtype).tiny).all()
     assert (result[x == -np.inf] == 0).all()
     assert (factors == 1).all()
+
+
+def test_attention_varlen_new_lengths_need_no_new_plan():
+    """The checks of arrays and options are kept, and nothing of the lengths is, which are others in every call."""
+    x = torch.randn(300, 2, 5)
+    lengths = [torch.tensor([0, n, 2 * n, 300]) for n in range(1, 100)]
+    l1.l1_attention_varlen(x, x, x, lengths[0], lengths[0])
+    before = plan_attention._attention.cache_info()
+    for ends in lengths[1:]:
+        l1.l1_attention_varlen(x, x, x, ends, ends)
+    after = plan_attention._attention.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 98)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("band", [(-(1 << 40), 1 << 40), (0, 1 << 40), (-3, 40)])
+def test_attention_work_covers_every_pair_once(band, parts):
+    """Of each sequence, also those without queries or keys."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 200, (2, 20)) * (rng.random((2, 20)) > 0.2)
+    (q, end_q), (k, end_k) = ((np.cumsum(n) - n, np.cumsum(n)) for n in lengths)
+    table = attention_backend._work(attention_backend._Side(np.stack([q, end_q, k, end_k], -1), *band), 48, parts)
+    for start, rows, first, last, offset, _ in table:
+        (own,) = ((q <= start) & (start + rows <= end_q)).nonzero()[0]
+        assert offset == k[own] - q[own]
+        assert first == last or k[own] <= first < last <= end_k[own]
+    counted = np.zeros((end_q[-1], end_k[-1]), int)
+    for start, rows, first, last, *_ in table:
+        counted[start : start + rows, first:last] += 1
+    assert counted.max() == 1
+    for n in range(20):
+        i, j = np.ogrid[: lengths[0, n], : lengths[1, n]]
+        wanted = (i - j >= band[0]) & (i - j <= band[1])
+        assert (counted[q[n] : end_q[n], k[n] : end_k[n]][wanted] == 1).all()
 
 
 def test_attention_small_call_has_one_thread():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, broadcast_dims, contiguous
-from ..plan_attention import UNLIMITED, AttentionPlan, Segment
+from ..plan_attention import UNLIMITED, AttentionPlan, Segments
 from . import attention, attention_gradients, threads
 from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
 from .backend import _Call, _lay_out, _panel, _split
@@ -39,13 +39,24 @@ _NO_LIMIT = 1 << 40
 class _Side(NamedTuple):
     """What a task owns, x: the queries, or the keys with the roles of query and key exchanged."""
 
-    segments: tuple[Segment, ...]
+    segments: Segments
     low: int
     high: int
 
     @property
     def longest(self) -> int:
-        return max((end - start for start, end, _, _ in self.segments), default=0)
+        return int((self.segments[:, 1] - self.segments[:, 0]).max(initial=0))
+
+
+def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what a function of a plan and more returns, unless the plan has segments, which are new in every call."""
+    kept = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def call(plan: AttentionPlan, *more: Any) -> Any:
+        return (kept if plan.segments is None else function)(plan, *more)
+
+    return call
 
 
 def attention_forward(
@@ -81,11 +92,14 @@ def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Ma
 
 
 def _terms(plan: AttentionPlan) -> int:
-    pairs = sum((end_q - q) * (end_k - k) for q, end_q, k, end_k in plan.segments)
+    if plan.segments is None:
+        pairs = plan.length_q * plan.length_k
+    else:
+        pairs = int(((plan.segments[:, 1] - plan.segments[:, 0]) * (plan.segments[:, 3] - plan.segments[:, 2])).sum())
     return math.prod(plan.batch) * pairs * max(plan.channels + plan.channels_v, 1)
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def _forward_calls(
     plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int
 ) -> tuple[_Call, _Call | None, int]:
@@ -126,7 +140,7 @@ def _merge_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec) -> _Cal
     return _Call(attention.merge, 1, matrices, (dtypes, batch))
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def _gradient_calls(
     plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int
 ) -> list[tuple[tuple[str, ...], _Call]]:
@@ -236,12 +250,12 @@ def _runs(tasks: int, workers: int) -> int:
 
 def _queries(plan: AttentionPlan) -> _Side:
     left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
-    return _Side(plan.segments, -right, left)
+    return _Side(plan.sequences, -right, left)
 
 
 def _keys(plan: AttentionPlan) -> _Side:
     left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
-    return _Side(tuple((k, end_k, q, end_q) for q, end_q, k, end_k in plan.segments), -left, right)
+    return _Side(plan.sequences[:, [2, 3, 0, 1]], -left, right)
 
 
 def _block(plan: AttentionPlan, length: int, batches: int) -> int:
@@ -259,18 +273,17 @@ def _parts(plan: AttentionPlan) -> int:
     return max(1, min(-(-_TASKS // tasks), longest // _FEWEST_KEYS))
 
 
-@functools.lru_cache(maxsize=64)
 def _work(side: _Side, block: int, parts: int) -> np.ndarray:
     """The tasks of one batch entry, those that take longest first; see `attention._forward` for the columns."""
-    lines = []
-    for x, end_x, y, end_y in side.segments:
-        for start in range(x, end_x, block):
-            rows = min(block, end_x - start)
-            first = max(0, start - x - side.high) // Y_ROWS * Y_ROWS
-            last = max(first, min(end_y - y, start - x + rows - side.low))
-            step = -(-(last - first) // (parts * Y_ROWS)) * Y_ROWS
-            for part in range(parts):
-                begin, stop = (min(last, first + n * step) for n in (part, part + 1))
-                lines.append((start, rows, y + begin, y + stop, y - x, part))
-    table = np.array(lines, np.int64).reshape(-1, 6)
+    blocks = -((side.segments[:, 0] - side.segments[:, 1]) // block)
+    x, end_x, y, end_y = np.repeat(side.segments, blocks, axis=0).T
+    number = np.arange(len(x)) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # of a block in its sequence
+    start = x + number * block
+    rows = np.minimum(block, end_x - start)
+    first = np.maximum(0, start - x - side.high) // Y_ROWS * Y_ROWS
+    last = np.maximum(first, np.minimum(end_y - y, start - x + rows - side.low))
+    step = -((first - last) // (parts * Y_ROWS)) * Y_ROWS
+    part = np.arange(parts)[:, np.newaxis]
+    begin, stop = (y + np.minimum(last, first + n * step) for n in (part, part + 1))
+    table = np.stack(np.broadcast_arrays(start, rows, begin, stop, y - x, part), -1).reshape(-1, 6)
     return table[np.argsort(-table[:, 1] * (table[:, 3] - table[:, 2]), kind="stable")]

@@ -130,7 +130,7 @@ def option_types(
     check_flag("is_causal", is_causal)
     if scale is None:
         raise TypeError(
-            "scale must be a positive finite number, got None; what scaled_dot_product_attention makes of None is "
+            "scale must be a positive finite number, got NoneType None; what scaled_dot_product_attention makes of None is "
             "scale=query.shape[-1] ** -0.5"
         )
     _check_window(window)

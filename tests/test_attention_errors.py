@@ -283,7 +283,7 @@ def test_attention_flags_of_wrong_type(x):
 @LIBRARIES
 def test_attention_scale_none(x):
     """It means something else in scaled_dot_product_attention than our default."""
-    with pytest.raises(TypeError, match=r"scale must be .*, got NoneType None; .* is scale=query.shape\[-1\] \*\* -0.5"):
+    with pytest.raises(TypeError, match=r"scale must be .*, got NoneType None; .* scale=query.shape\[-1\] \*\* -0.5"):
         l1.l1_attention(x, x, x, scale=None)
 
 

@@ -130,8 +130,8 @@ def option_types(
     check_flag("is_causal", is_causal)
     if scale is None:
         raise TypeError(
-            "scale must be a positive finite number, got NoneType None; what scaled_dot_product_attention makes of None "
-            "is scale=query.shape[-1] ** -0.5"
+            "scale must be a positive finite number, got NoneType None; what scaled_dot_product_attention makes of "
+            "None is scale=query.shape[-1] ** -0.5"
         )
     _check_window(window)
     left, right = band(is_causal, window)

@@ -11,7 +11,7 @@ import torch
 from cases import BROADCAST, DTYPES, LENGTHS, NUMPY_LAYOUTS, SCORES, TORCH_LAYOUTS, assert_identical, options, to_numpy
 
 import l1attn_cupy as l1
-from l1attn_cupy import plan_attention, reference, testing_attention
+from l1attn_cupy import plan, plan_attention, reference, testing_attention
 from l1attn_cupy.cpu import attention_backend, threads, vector_attention
 from l1attn_cupy.cpu.jit import kernel
 from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
@@ -299,6 +299,59 @@ def test_attention_expanded_mask(mask):
     check(given._replace(mask=expanded))
 
 
+@pytest.fixture
+def one_pass(monkeypatch):
+    """All gradients from one pass, with dquery summed in three parts, though there is little to do."""
+    monkeypatch.setattr(attention_backend, "_summed_in", lambda plan, wanted: 3)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_gradients_in_one_pass(one_pass, dtype, place):
+    """More blocks of keys than parts, and fewer; with ties."""
+    for length_k, number in ((517, 3), (70, 1)):
+        mask = ("added", (33, length_k)) if number == 3 else ("bool", (length_k,))
+        given = testing_attention.inputs((2, 33, 17), (2, length_k, 17), 5, dtype, mask=mask, ties=number == 1)
+        check(given, scale=0.3, eps=0.02, **PLACES[place])
+
+
+def test_attention_gradients_in_one_pass_of_two(one_pass):
+    """Value may need no gradient."""
+    given = testing_attention.inputs((2, 33, 17), (2, 70, 17), 5, "float64")
+    leaves = [given.query.requires_grad_(), given.key.requires_grad_()]
+    gradients = torch.autograd.grad(l1.l1_attention(*leaves, given.value), leaves, given.grad_out)
+    expected = ExpectedAttention(*given[:3], grad_out=given.grad_out)
+    expected.assert_gradients(*gradients)
+
+
+def test_attention_gradients_in_one_pass_not_finite(one_pass):
+    attention_cases.check_nan_in_a_value_of_no_weight(testing_attention.run)
+    attention_cases.check_infinite_query(testing_attention.run)
+    attention_cases.check_infinite_key(testing_attention.run)
+
+
+@pytest.mark.parametrize(
+    "query_shape, key_shape, wanted, parts",
+    [
+        ((8, 1024, 64), (8, 1024, 64), "query key value", 8),
+        ((2, 16, 200, 64), (2, 16, 200, 64), "query key", 2),
+        ((64, 100, 64), (64, 100, 64), "query key", 1),
+        ((8, 1024, 64), (8, 1024, 64), "query value", 0),
+        ((4, 1024, 64), (4, 1024, 64), "query key value", 0),
+        ((8, 1024, 64), (8, 800, 64), "query key value", 0),
+        ((8, 1024, 64), (1024, 64), "query key value", 0),
+        ((64, 65536, 64), (64, 65536, 64), "query key value", 0),
+    ],
+)
+def test_attention_gradients_in_one_pass_where_it_pays(query_shape, key_shape, wanted, parts):
+    """Enough tasks without many parts, nothing broadcast, and little memory; whatever the number of threads."""
+    like = plan.ArraySpec("torch", (1, 1), (1, 1), "float32", "cpu")
+    query, key = (plan.contiguous(like, shape) for shape in (query_shape, key_shape))
+    options = plan_attention.option_types(False, False, None, "inverse", 1.0, 1e-3, None, None)
+    call = plan_attention.attention([query, key, key, None], options)
+    assert attention_backend._summed_in(call, {f"d{name}" for name in wanted.split()}) == parts
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_attention_same_bits_for_any_number_of_threads(n):
     """Also where the keys are split, and where only some tiles are computed."""
@@ -312,6 +365,7 @@ def test_attention_same_bits_for_any_number_of_threads(n):
                 (((2, 300, 64), (2, 500, 64)), {}),
                 (((300, 64), (500, 64)), {"is_causal": True}),
                 (((1, 64), (9000, 64)), {}),
+                (((32, 100, 5), (32, 200, 5)), {"is_causal": True}),
             ):
                 given = testing_attention.inputs(*shapes, 64, "float32", mask=("added", (shapes[1][-2],)))
                 out, lse = l1.l1_attention(*given[:4], return_lse=True, **call)

@@ -22,6 +22,7 @@ from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
 from .backend import _Call, _lay_out, _panel, _split
 from .elements import DTYPE_CODES
 from .scores import Matrix
+from .vector import panel_width
 
 #: Tasks to make at least, if there is work for so many: enough to share it evenly among many threads.
 _TASKS = 64
@@ -32,6 +33,10 @@ _RUNS_PER_THREAD = 4
 #: Most rows of x in a task, and fewest keys in a part of them.
 _MOST_ROWS = 128
 _FEWEST_KEYS = 512
+
+#: Most parts that dquery is summed in, and most memory for them.
+_MOST_PARTS = 8
+_PARTS_BYTES = 64 << 20
 
 _NO_LIMIT = 1 << 40
 
@@ -87,8 +92,26 @@ def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Ma
     present = {name: array for name, array in everything.items() if array is not None}
     specs = tuple((name, arrays.describe(array)) for name, array in present.items())
     addresses = {name: arrays.address(array) for name, array in present.items()}
-    for names, call in _gradient_calls(plan, specs, workers):
-        call.launch(*(addresses.get(name, 0) for name in names))
+    number = _summed_in(plan, set(wanted))
+    padded = -(-plan.channels // _width(plan)) * _width(plan)
+    parts = np.zeros((number, math.prod(plan.batch), plan.length_q, padded) if number else (0, 0, 0, 0), plan.lse_dtype)
+    for names, call in _gradient_calls(plan, specs, workers, number):
+        if "parts" in names:
+            call = call._replace(arguments=(*call.arguments, parts))
+        call.launch(*(addresses.get(name, 0) for name in names if name != "parts"))
+
+
+def _summed_in(plan: AttentionPlan, wanted: set[str]) -> int:
+    """In how many parts dquery is summed along with dkey and dvalue, in one pass for all; 0 if each has its own pass.
+
+    One pass is faster, but it needs memory for the parts and has no more tasks than parts of batch entries.
+    """
+    batches = math.prod(plan.batch)
+    whole = not any(any(broadcast_dims(x, plan.batch)) for x in (plan.query, plan.key, plan.value))
+    number = -(-_TASKS // batches)
+    size = number * batches * plan.length_q * plan.channels * ITEMSIZE[plan.lse_dtype]
+    few = number <= min(_MOST_PARTS, -(-plan.length_k // _MOST_ROWS)) and size <= _PARTS_BYTES
+    return number if whole and few and not plan.packed and {"dquery", "dkey"} <= wanted else 0
 
 
 def _terms(plan: AttentionPlan) -> int:
@@ -142,20 +165,22 @@ def _merge_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec) -> _Cal
 
 @_cached
 def _gradient_calls(
-    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int
+    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int, parts: int
 ) -> list[tuple[tuple[str, ...], _Call]]:
     """The calls of a backward pass in their order, each with the names of its arrays."""
     known = {name: plan.seen_by_kernels(name, spec) for name, spec in specs}
     calls = [_delta_call(plan, known, workers)]
-    if "dquery" in known:
+    if "dquery" in known and not parts:
         calls.append(_rows_call(plan, known, workers, "dquery", ""))
     together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
     if together and ("dkey" in known or "dvalue" in known):
-        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue"))
+        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue", parts))
     elif "dkey" in known:
         calls.append(_rows_call(plan, known, workers, "dkey", ""))
     if not together and "dvalue" in known:
         calls.append(_rows_call(plan, known, workers, "", "dvalue"))
+    if parts:
+        calls.append(_join_call(plan, known, workers))
     if "dmask" in known:
         calls.append(_mask_call(plan, known, workers))
     return calls
@@ -177,9 +202,9 @@ def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: in
 
 
 def _rows_call(
-    plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str
+    plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str, parts: int = 0
 ) -> tuple[tuple[str, ...], _Call]:
-    """The call for dquery, or for dkey and dvalue or one of them."""
+    """The call for dquery, or for dkey and dvalue or one of them; with ``parts`` also for those of dquery."""
     of_key = dx != "dquery"
     x, y = (("key", "value"), ("query", "grad_out")) if of_key else (("query", "grad_out"), ("key", "value"))
     names = (*x, *y, "softmax", "delta", "mask", dx, dxv)
@@ -190,10 +215,18 @@ def _rows_call(
     block = _block(plan, side.longest, kept)
     work = _work(side, block, parts=1)
     sizes = (kept, summed, plan.channels, plan.channels_v)
-    blocks = (block, of_key, _runs(len(work) * kept, workers))
+    blocks = (block, of_key, _runs((parts or len(work)) * kept, workers))
     kernel = attention_gradients.backward if workers > 1 else attention_gradients.backward_serial
     arguments = (_gradient_dtypes(plan), batch, sizes, work, blocks, (side.low, side.high), *_score(plan))
-    return names, _Call(kernel, workers, matrices, arguments)
+    return (*names, "parts"), _Call(kernel, workers, matrices, arguments)
+
+
+def _join_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
+    batch, matrices = _matrices(plan, specs, ("dquery",), range(len(plan.batch)))
+    dtypes = DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype]
+    runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
+    kernel = attention_gradients.join if workers > 1 else attention_gradients.join_serial
+    return ("dquery", "parts"), _Call(kernel, workers, matrices, (dtypes, batch, plan.channels, runs))
 
 
 def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
@@ -242,6 +275,10 @@ def _mask_kind(plan: AttentionPlan) -> int:
     if plan.mask is None:
         return NO_MASK
     return BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
+
+
+def _width(plan: AttentionPlan) -> int:
+    return panel_width(ITEMSIZE[plan.lse_dtype])
 
 
 def _runs(tasks: int, workers: int) -> int:

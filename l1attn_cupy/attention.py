@@ -71,8 +71,10 @@ def l1_attention(
     -----
     Accumulation as in `l1_scores`. Scores that causality or the window rule out are not computed, but for those in
     tiles that are in part within. A key that is ruled out has no influence, whatever it holds. Where all are, out is 0,
-    lse is -inf and gradients are 0. Kept for the backward pass are query, key, value, mask, out and lse. The result is
-    the same bit for bit in every run and with any number of threads. The gradients can be differentiated no further.
+    lse is -inf and gradients are 0. Where all others are infinitely far away, results are NaN, as those of softmax.
+    Kept for the backward pass are query, key, value, mask, out before it was rounded, and two numbers for each query.
+    The result is the same bit for bit in every run and with any number of threads. The gradients can be differentiated
+    no further.
 
     Examples
     --------
@@ -91,7 +93,7 @@ def l1_attention(
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
 
-        out, lse = autograd_attention.attention(query, key, value, attn_mask, options)
+        out, lse = autograd_attention.attention(query, key, value, attn_mask, options, return_lse)
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value, attn_mask=attn_mask)
     call = _plan(given, options)
@@ -237,7 +239,8 @@ def l1_attention_varlen(
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
 
-        out, lse = autograd_attention.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+        ends = cu_seqlens_q, cu_seqlens_k
+        out, lse = autograd_attention.attention_varlen(query, key, value, *ends, options, return_lse)
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value)
     for name, array in given.items():

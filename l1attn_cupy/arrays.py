@@ -182,13 +182,20 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
     return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)
 
 
-def integers(name: str, numbers: Any) -> list[int]:
-    """A tensor, array or sequence of integers, as Python's own."""
-    listed = numbers.tolist() if hasattr(numbers, "tolist") else numbers
-    whole = isinstance(listed, Sequence) and all(isinstance(n, Integral) for n in listed)
-    if not whole or any(isinstance(n, bool) for n in listed):
+def integers(name: str, numbers: Any) -> np.ndarray:
+    """A tensor, array or sequence of integers, as int64 on the CPU."""
+    if is_torch(numbers):
+        given = numbers.detach().cpu().numpy()
+    elif is_cupy(numbers):
+        given = numbers.get()
+    elif isinstance(numbers, Sequence) and not isinstance(numbers, str):
+        whole = all(type(n) is int or isinstance(n, Integral) for n in numbers)
+        given = np.array(numbers, np.int64 if whole and bool not in map(type, numbers) else object)
+    else:
+        given = np.asarray(numbers)
+    if given.ndim != 1 or given.dtype.kind not in "iu":
         raise TypeError(f"{name} must be one-dimensional and of integers, got {numbers!r}")
-    return [int(n) for n in listed]
+    return given.astype(np.int64)
 
 
 def _device_of(array: Any) -> contextlib.AbstractContextManager:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from . import arrays, plan_attention, run_attention
@@ -72,8 +71,10 @@ def l1_attention(
     -----
     Accumulation as in `l1_scores`. Scores that causality or the window rule out are not computed, but for those in
     tiles that are in part within. A key that is ruled out has no influence, whatever it holds. Where all are, out is 0,
-    lse is -inf and gradients are 0. Kept for the backward pass are query, key, value, mask, out and lse. The result is
-    the same bit for bit in every run and with any number of threads. The gradients can be differentiated no further.
+    lse is -inf and gradients are 0. Where all others are infinitely far away, results are NaN, as those of softmax.
+    Kept for the backward pass are query, key, value, mask, out before it was rounded, and two numbers for each query.
+    The result is the same bit for bit in every run and with any number of threads. The gradients can be differentiated
+    no further.
 
     Examples
     --------
@@ -87,11 +88,12 @@ def l1_attention(
     Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning", 2023.
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_lse", return_lse)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
 
-        out, lse = autograd_attention.attention(query, key, value, attn_mask, options)
+        out, lse = autograd_attention.attention(query, key, value, attn_mask, options, return_lse)
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value, attn_mask=attn_mask)
     call = _plan(given, options)
@@ -157,6 +159,7 @@ def l1_attention_backward(
     need not call this: `l1_attention` is differentiable, and keeps for it what is exact.
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_dmask", return_dmask)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     arguments = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     saved = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
@@ -231,11 +234,13 @@ def l1_attention_varlen(
     (5, 1, 1)
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_lse", return_lse)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
 
-        out, lse = autograd_attention.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+        ends = cu_seqlens_q, cu_seqlens_k
+        out, lse = autograd_attention.attention_varlen(query, key, value, *ends, options, return_lse)
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value)
     for name, array in given.items():
@@ -260,7 +265,7 @@ def _accept(**given: Any) -> dict[str, Any]:
 
 
 def _plan(
-    given: dict[str, Any], options: plan_attention.AttentionOptions, segments: Sequence[Any] | None = None
+    given: dict[str, Any], options: plan_attention.AttentionOptions, segments: plan_attention.Segments | None = None
 ) -> plan_attention.AttentionPlan:
     specs = [None if array is None else arrays.describe(array) for array in given.values()]
-    return plan_attention.attention(*specs, options, segments)
+    return plan_attention.attention(specs, options, segments)

@@ -41,9 +41,10 @@ def _plan(
 ) -> AttentionPlan:
     segments = None
     if ends_q is not None and ends_k is not None:
-        segments = plan_attention.segments(ends_q.tolist(), ends_k.tolist(), query.shape[-2], key.shape[-2])
-    specs = [None if array is None else arrays.describe(array) for array in (query, key, value, mask)]
-    return plan_attention.attention(*specs, AttentionOptions(*options), segments)
+        ends = arrays.integers("cu_seqlens_q", ends_q), arrays.integers("cu_seqlens_k", ends_k)
+        segments = plan_attention.segments(*ends, query.shape[-2], key.shape[-2])
+    specs = [None if x is None else arrays.describe(x) for x in (query, key, value, mask)]
+    return plan_attention.attention(specs, AttentionOptions(*options), segments)
 
 
 def _resolved(*given: _Optional) -> list[Any]:
@@ -210,14 +211,14 @@ def _check(
     if not always and all(map(_dispatches, present.values())):
         return
     specs = {name: _spec(name, array) if name in present else None for name, array in everything.items()}
-    call = plan_attention.attention(*(specs[name] for name in given), options)
+    call = plan_attention.attention([specs[name] for name in given], options)
     if saved is not None:
         plan_attention.attention_backward(call, *(specs[name] for name in saved))
 
 
 def _apply(
-    query: Any, key: Any, value: Any, mask: Any, ends_q: Any, ends_k: Any, options: AttentionOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Any, key: Any, value: Any, mask: Any, ends_q: Any, ends_k: Any, options: AttentionOptions, return_lse: bool
+) -> tuple[torch.Tensor, _Optional]:
     """Through the Function where something must be differentiated, otherwise straight to the operator."""
     given = [array for array in (query, key, value, mask) if array is not None]
     tracked = torch.is_grad_enabled() and any(array.requires_grad for array in given)
@@ -228,16 +229,16 @@ def _apply(
     if tracked or forward_ad._current_level >= 0:  # the Function refuses tangents, the operator would drop them
         return _Attention.apply(query, key, value, mask, ends_q, ends_k, tuple(options))
     out, softmax, _ = torch.ops.l1attn.attention(query, key, value, mask, ends_q, ends_k, False, *options)
-    return out, arrays.log_sum_exp(softmax)
+    return out, arrays.log_sum_exp(softmax) if return_lse else None
 
 
 def attention(
-    query: Any, key: Any, value: Any, mask: Any | None, options: AttentionOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`l1attn_cupy.l1_attention` for torch tensors."""
+    query: Any, key: Any, value: Any, mask: Any | None, options: AttentionOptions, return_lse: bool
+) -> tuple[torch.Tensor, _Optional]:
+    """`l1attn_cupy.l1_attention` for torch tensors; lse may be None if it is not wanted."""
     if not torch.compiler.is_compiling():
         _check({"query": query, "key": key, "value": value, "attn_mask": mask}, options)
-    return _apply(query, key, value, mask, None, None, options)
+    return _apply(query, key, value, mask, None, None, options, return_lse)
 
 
 def attention_backward(
@@ -264,17 +265,18 @@ def attention_backward(
 
 
 def attention_varlen(
-    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: AttentionOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`l1attn_cupy.l1_attention_varlen` for torch tensors."""
+    query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: AttentionOptions, return_lse: bool
+) -> tuple[torch.Tensor, _Optional]:
+    """`l1attn_cupy.l1_attention_varlen` for torch tensors; lse may be None if it is not wanted."""
     given = {"query": query, "key": key, "value": value}
     if not torch.compiler.is_compiling():
         for name, array in given.items():
             plan_attention.check_packed(name, _spec(name, array).shape)
-        cu_seqlens_q = torch.tensor(arrays.integers("cu_seqlens_q", cu_seqlens_q))
-        cu_seqlens_k = torch.tensor(arrays.integers("cu_seqlens_k", cu_seqlens_k))
+        cu_seqlens_q = arrays.integers("cu_seqlens_q", cu_seqlens_q)
+        cu_seqlens_k = arrays.integers("cu_seqlens_k", cu_seqlens_k)
+    ends_q, ends_k = torch.as_tensor(cu_seqlens_q), torch.as_tensor(cu_seqlens_k)
     q, k, v = (array.swapaxes(0, 1) for array in given.values())
     if not torch.compiler.is_compiling():
         _check({"query": q, "key": k, "value": v, "attn_mask": None}, options)
-    out, lse = _apply(q, k, v, None, cu_seqlens_q, cu_seqlens_k, options)
+    out, lse = _apply(q, k, v, None, ends_q, ends_k, options, return_lse)
     return out.swapaxes(0, 1), lse

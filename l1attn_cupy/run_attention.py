@@ -71,7 +71,7 @@ def attention_backward(
 def check_backward(call: AttentionPlan, grad_out: Any, out: Any, lse: Any, grad_lse: Any | None) -> None:
     """Raise what `plan_attention.attention_backward` has to say."""
     specs = [None if array is None else arrays.describe(array) for array in (grad_out, out, lse, grad_lse)]
-    plan_attention.attention_backward(call, *specs)
+    plan_attention.attention_backward(call.without_segments, *specs)
 
 
 def _new(call: AttentionPlan, shape: Shape, like: Any, dtype: str | None = None) -> Any:

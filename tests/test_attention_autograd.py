@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 from cases import SCORES, assert_identical, to_numpy
@@ -227,6 +228,30 @@ def test_attention_compile_varlen():
         ends = torch.tensor(lengths)
         grads = [torch.autograd.grad(function(query, ends).pow(2).sum(), query)[0] for function in (compiled, call)]
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("ends", [[0, 4, 9], (0, 4, 9), np.array([0, 4, 9])], ids=lambda ends: type(ends).__name__)
+def test_attention_compile_varlen_of_constants(ends):
+    """Lengths that are no tensor become part of the graph."""
+    query = torch.randn(9, 2, 4, requires_grad=True)
+
+    def call(x):
+        return l1.l1_attention_varlen(x, x, x, ends, ends)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(function(query).pow(2).sum(), query)[0] for function in (compiled, call)]
+    torch.testing.assert_close(*grads)
+
+
+def test_attention_compile_varlen_wrong_lengths():
+    x = torch.randn(9, 2, 4)
+    compiled = torch.compile(
+        lambda ends: l1.l1_attention_varlen(x, x, x, ends, ends), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the 9 rows of query"):
+        compiled([0, 8])
+    with pytest.raises(TypeError, match="cu_seqlens_q must be one-dimensional and of integers"):
+        compiled([0, 4.5, 9])
 
 
 def test_attention_fake_tensors():

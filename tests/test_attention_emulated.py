@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
+import attention_cases
 import pytest
 import torch
 from cases import BROADCAST, DTYPES, SCORES, TORCH_LAYOUTS, assert_identical, options
@@ -26,8 +28,8 @@ class Machine(NamedTuple):
 
     def run(self, given: Inputs, variant: str | None = None, **call) -> list[torch.Tensor]:
         """out, lse, and the gradients of query, key, value and a mask that is added, on the CPU."""
-        own = Inputs(*(None if x is None else x.to(self.device) for x in given))
-        return [x.cpu() for x in testing_attention.run(own, backend=self.backend, variant=variant, **call)]
+        results = testing_attention.run(given.to(self.device), backend=self.backend, variant=variant, **call)
+        return [x.cpu() for x in results]
 
     def check(self, given: Inputs, variant: str | None = None, **call) -> None:
         """All results are within their bounds."""
@@ -135,6 +137,21 @@ def test_attention_emulated_rows_without_a_key(machine, variant):
     expected = ExpectedAttention(*given, scale=0.2)
     expected.assert_results(out, lse)
     expected.assert_gradients(*gradients)
+
+
+@pytest.mark.parametrize("name, dtype", [x for x in attention_cases.CASES if x[0] != "long"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_emulated_hard(machine, variant, name, dtype):
+    attention_cases.check_hard(functools.partial(machine.run, variant=variant), name, dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_emulated_not_finite(machine, variant):
+    run = functools.partial(machine.run, variant=variant)
+    attention_cases.check_nan_in_a_value_of_no_weight(run)
+    attention_cases.check_infinite_query(run)
+    attention_cases.check_infinite_query(run, torch.zeros(17, 70))
+    attention_cases.check_infinite_key(run)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

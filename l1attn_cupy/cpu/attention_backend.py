@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +16,13 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, broadcast_dims, contiguous
-from ..plan_attention import UNLIMITED, AttentionPlan, Segment
+from ..plan_attention import UNLIMITED, AttentionPlan, Segments
 from . import attention, attention_gradients, threads
 from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
 from .backend import _Call, _lay_out, _panel, _split
 from .elements import DTYPE_CODES
 from .scores import Matrix
+from .vector import panel_width
 
 #: Tasks to make at least, if there is work for so many: enough to share it evenly among many threads.
 _TASKS = 64
@@ -33,19 +34,34 @@ _RUNS_PER_THREAD = 4
 _MOST_ROWS = 128
 _FEWEST_KEYS = 512
 
+#: Most parts that dquery is summed in, and most memory for them.
+_MOST_PARTS = 8
+_PARTS_BYTES = 64 << 20
+
 _NO_LIMIT = 1 << 40
 
 
 class _Side(NamedTuple):
     """What a task owns, x: the queries, or the keys with the roles of query and key exchanged."""
 
-    segments: tuple[Segment, ...]
+    segments: Segments
     low: int
     high: int
 
     @property
     def longest(self) -> int:
-        return max((end - start for start, end, _, _ in self.segments), default=0)
+        return int((self.segments[:, 1] - self.segments[:, 0]).max(initial=0))
+
+
+def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what a function of a plan and more returns, unless the plan has segments, which are new in every call."""
+    kept = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def call(plan: AttentionPlan, *more: Any) -> Any:
+        return (kept if plan.segments is None else function)(plan, *more)
+
+    return call
 
 
 def attention_forward(
@@ -76,16 +92,37 @@ def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Ma
     present = {name: array for name, array in everything.items() if array is not None}
     specs = tuple((name, arrays.describe(array)) for name, array in present.items())
     addresses = {name: arrays.address(array) for name, array in present.items()}
-    for names, call in _gradient_calls(plan, specs, workers):
-        call.launch(*(addresses.get(name, 0) for name in names))
+    number = _summed_in(plan, set(wanted))
+    padded = -(-plan.channels // _width(plan)) * _width(plan)
+    parts = np.zeros((number, math.prod(plan.batch), plan.length_q, padded) if number else (0, 0, 0, 0), plan.lse_dtype)
+    for names, call in _gradient_calls(plan, specs, workers, number):
+        if "parts" in names:
+            call = call._replace(arguments=(*call.arguments, parts))
+        call.launch(*(addresses.get(name, 0) for name in names if name != "parts"))
+
+
+def _summed_in(plan: AttentionPlan, wanted: set[str]) -> int:
+    """In how many parts dquery is summed along with dkey and dvalue, in one pass for all; 0 if each has its own pass.
+
+    One pass is faster, but it needs memory for the parts and has no more tasks than parts of batch entries.
+    """
+    batches = math.prod(plan.batch)
+    whole = not any(any(broadcast_dims(x, plan.batch)) for x in (plan.query, plan.key, plan.value))
+    number = -(-_TASKS // batches)
+    size = number * batches * plan.length_q * plan.channels * ITEMSIZE[plan.lse_dtype]
+    few = number <= min(_MOST_PARTS, -(-plan.length_k // _MOST_ROWS)) and size <= _PARTS_BYTES
+    return number if whole and few and not plan.packed and {"dquery", "dkey"} <= wanted else 0
 
 
 def _terms(plan: AttentionPlan) -> int:
-    pairs = sum((end_q - q) * (end_k - k) for q, end_q, k, end_k in plan.segments)
+    if plan.segments is None:
+        pairs = plan.length_q * plan.length_k
+    else:
+        pairs = int(((plan.segments[:, 1] - plan.segments[:, 0]) * (plan.segments[:, 3] - plan.segments[:, 2])).sum())
     return math.prod(plan.batch) * pairs * max(plan.channels + plan.channels_v, 1)
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def _forward_calls(
     plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int
 ) -> tuple[_Call, _Call | None, int]:
@@ -126,22 +163,24 @@ def _merge_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec) -> _Cal
     return _Call(attention.merge, 1, matrices, (dtypes, batch))
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def _gradient_calls(
-    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int
+    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int, parts: int
 ) -> list[tuple[tuple[str, ...], _Call]]:
     """The calls of a backward pass in their order, each with the names of its arrays."""
     known = {name: plan.seen_by_kernels(name, spec) for name, spec in specs}
     calls = [_delta_call(plan, known, workers)]
-    if "dquery" in known:
+    if "dquery" in known and not parts:
         calls.append(_rows_call(plan, known, workers, "dquery", ""))
     together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
     if together and ("dkey" in known or "dvalue" in known):
-        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue"))
+        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue", parts))
     elif "dkey" in known:
         calls.append(_rows_call(plan, known, workers, "dkey", ""))
     if not together and "dvalue" in known:
         calls.append(_rows_call(plan, known, workers, "", "dvalue"))
+    if parts:
+        calls.append(_join_call(plan, known, workers))
     if "dmask" in known:
         calls.append(_mask_call(plan, known, workers))
     return calls
@@ -163,9 +202,9 @@ def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: in
 
 
 def _rows_call(
-    plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str
+    plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str, parts: int = 0
 ) -> tuple[tuple[str, ...], _Call]:
-    """The call for dquery, or for dkey and dvalue or one of them."""
+    """The call for dquery, or for dkey and dvalue or one of them; with ``parts`` also for those of dquery."""
     of_key = dx != "dquery"
     x, y = (("key", "value"), ("query", "grad_out")) if of_key else (("query", "grad_out"), ("key", "value"))
     names = (*x, *y, "softmax", "delta", "mask", dx, dxv)
@@ -176,10 +215,18 @@ def _rows_call(
     block = _block(plan, side.longest, kept)
     work = _work(side, block, parts=1)
     sizes = (kept, summed, plan.channels, plan.channels_v)
-    blocks = (block, of_key, _runs(len(work) * kept, workers))
+    blocks = (block, of_key, _runs((parts or len(work)) * kept, workers))
     kernel = attention_gradients.backward if workers > 1 else attention_gradients.backward_serial
     arguments = (_gradient_dtypes(plan), batch, sizes, work, blocks, (side.low, side.high), *_score(plan))
-    return names, _Call(kernel, workers, matrices, arguments)
+    return (*names, "parts"), _Call(kernel, workers, matrices, arguments)
+
+
+def _join_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
+    batch, matrices = _matrices(plan, specs, ("dquery",), range(len(plan.batch)))
+    dtypes = DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype]
+    runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
+    kernel = attention_gradients.join if workers > 1 else attention_gradients.join_serial
+    return ("dquery", "parts"), _Call(kernel, workers, matrices, (dtypes, batch, plan.channels, runs))
 
 
 def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
@@ -230,18 +277,22 @@ def _mask_kind(plan: AttentionPlan) -> int:
     return BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
 
 
+def _width(plan: AttentionPlan) -> int:
+    return panel_width(ITEMSIZE[plan.lse_dtype])
+
+
 def _runs(tasks: int, workers: int) -> int:
     return 1 if workers == 1 else min(tasks, workers * _RUNS_PER_THREAD)
 
 
 def _queries(plan: AttentionPlan) -> _Side:
     left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
-    return _Side(plan.segments, -right, left)
+    return _Side(plan.sequences, -right, left)
 
 
 def _keys(plan: AttentionPlan) -> _Side:
     left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
-    return _Side(tuple((k, end_k, q, end_q) for q, end_q, k, end_k in plan.segments), -left, right)
+    return _Side(plan.sequences[:, [2, 3, 0, 1]], -left, right)
 
 
 def _block(plan: AttentionPlan, length: int, batches: int) -> int:
@@ -259,18 +310,17 @@ def _parts(plan: AttentionPlan) -> int:
     return max(1, min(-(-_TASKS // tasks), longest // _FEWEST_KEYS))
 
 
-@functools.lru_cache(maxsize=64)
 def _work(side: _Side, block: int, parts: int) -> np.ndarray:
     """The tasks of one batch entry, those that take longest first; see `attention._forward` for the columns."""
-    lines = []
-    for x, end_x, y, end_y in side.segments:
-        for start in range(x, end_x, block):
-            rows = min(block, end_x - start)
-            first = max(0, start - x - side.high) // Y_ROWS * Y_ROWS
-            last = max(first, min(end_y - y, start - x + rows - side.low))
-            step = -(-(last - first) // (parts * Y_ROWS)) * Y_ROWS
-            for part in range(parts):
-                begin, stop = (min(last, first + n * step) for n in (part, part + 1))
-                lines.append((start, rows, y + begin, y + stop, y - x, part))
-    table = np.array(lines, np.int64).reshape(-1, 6)
+    blocks = -((side.segments[:, 0] - side.segments[:, 1]) // block)
+    x, end_x, y, end_y = np.repeat(side.segments, blocks, axis=0).T
+    number = np.arange(len(x)) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # of a block in its sequence
+    start = x + number * block
+    rows = np.minimum(block, end_x - start)
+    first = np.maximum(0, start - x - side.high) // Y_ROWS * Y_ROWS
+    last = np.maximum(first, np.minimum(end_y - y, start - x + rows - side.low))
+    step = -((first - last) // (parts * Y_ROWS)) * Y_ROWS
+    part = np.arange(parts)[:, np.newaxis]
+    begin, stop = (y + np.minimum(last, first + n * step) for n in (part, part + 1))
+    table = np.stack(np.broadcast_arrays(start, rows, begin, stop, y - x, part), -1).reshape(-1, 6)
     return table[np.argsort(-table[:, 1] * (table[:, 3] - table[:, 2]), kind="stable")]

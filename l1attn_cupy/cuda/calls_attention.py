@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import arrays
 from ..plan import ArraySpec, broadcast_dims
-from ..plan_attention import AttentionPlan, Segment
+from ..plan_attention import AttentionPlan
 from . import launch_attention
 from .calls import Machine
 
@@ -21,7 +21,7 @@ def attention_forward(
 ) -> None:
     """Write ``out``, in its dtype, and ``softmax``; neither L nor a batch dimension is 0."""
     everything = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "softmax": softmax}
-    for segment in plan.segments:
+    for segment in plan.sequences.tolist():
         part, arrays_of, specs = _cut(plan, everything, segment)
         if part.length_q == 0:
             continue
@@ -39,11 +39,11 @@ def attention_backward(
     names = ("query", "key", "value", "mask", "grad_out", "softmax")
     given = {**{name: given[name] for name in names}, "delta": _delta(plan, given)}
     for gradient in wanted.values():
-        if len(plan.segments) > 1:
+        if plan.packed:
             gradient[...] = 0  # sequences without a query or without a key reach no kernel
     together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
     groups = [("dquery", ""), *([("dkey", "dvalue")] if together else [("dkey", ""), ("", "dvalue")])]
-    for segment in plan.segments:
+    for segment in plan.sequences.tolist():
         part, arrays_of, specs = _cut(plan, {**given, **wanted}, segment)
         if 0 in (part.length_q, part.length_k):
             continue
@@ -67,7 +67,7 @@ def _delta(plan: AttentionPlan, given: Mapping[str, Any]) -> Any:
 
 
 def _cut(
-    plan: AttentionPlan, everything: Mapping[str, Any], segment: Segment
+    plan: AttentionPlan, everything: Mapping[str, Any], segment: list[int]
 ) -> tuple[AttentionPlan, dict[str, Any], dict[str, ArraySpec]]:
     """One sequence: a plan for it, its arrays with contiguous rows, and these as kernels see them."""
     first_q, end_q, first_k, end_k = segment
@@ -83,5 +83,5 @@ def _cut(
             array = array[:, rows]
         found[name] = array
         specs[name] = plan.seen_by_kernels(name, arrays.describe(array))
-    part = plan._replace(query=specs["query"], key=specs["key"], value=specs["value"], segments=())
+    part = plan._replace(query=specs["query"], key=specs["key"], value=specs["value"], segments=None)
     return part, found, specs

@@ -26,6 +26,7 @@ static_assert(BLOCK_X % DOWN == 0 && TILE_Y % ACROSS == 0, "all threads own as m
 static_assert(ALONG * BELOW == THREADS, "every thread owns ROWS x CHANNELS gradients");
 static_assert(ROWS % VEC == 0 && CHANNELS % VEC == 0, "a thread reads its rows and channels 128 bits at a time");
 const int EVEN_SHARE = 8;
+const int SUMMED = 32;  // channels after which a new sum is begun: exp makes absolute errors of a score relative ones
 static_assert(BLOCK_X <= THREADS && TILE_Y <= THREADS, "a thread adds up the h of one row, and fetches one query");
 
 typedef acc_t Factors[TILE_Y][BLOCK_X + VEC];  // h, or weights: factors[y][x]
@@ -60,8 +61,9 @@ __device__ __forceinline__ void sum_channels(acc_t (&sum)[OWN_X][OWN_Y], Chunks 
     compute_again(y.rows, y.stride);
     Transposed<BLOCK_X, WIDTH> x_next;
     Transposed<TILE_Y, WIDTH> y_next;
+    acc_t part[OWN_X][OWN_Y];
 #pragma unroll
-    for (int n = 0; n < OWN_X * OWN_Y; ++n) sum[n / OWN_Y][n % OWN_Y] = 0;
+    for (int n = 0; n < OWN_X * OWN_Y; ++n) sum[n / OWN_Y][n % OWN_Y] = part[n / OWN_Y][n % OWN_Y] = 0;
     x_next.fetch(chunks.x[0], x.rows, x.stride, x_count, channels, whole);
     y_next.fetch(chunks.y[0], y.rows, y.stride, y_count, channels, whole);
     x_next.put(chunks.x[0]);
@@ -83,8 +85,19 @@ __device__ __forceinline__ void sum_channels(acc_t (&sum)[OWN_X][OWN_Y], Chunks 
             for (int r = 0; r < OWN_X; ++r) {
 #pragma unroll
                 for (int c = 0; c < OWN_Y; ++c) {
-                    sum[r][c] = DISTANCE_OF ? sum[r][c] + absolute(xs[r] - ys[c]) : multiply_add(xs[r], ys[c], sum[r][c]);
+                    if (DISTANCE_OF) {
+                        part[r][c] += absolute(xs[r] - ys[c]);
+                    } else {
+                        sum[r][c] = multiply_add(xs[r], ys[c], sum[r][c]);
+                    }
                 }
+            }
+        }
+        if (DISTANCE_OF && (!more || e0 % SUMMED == 0)) {
+#pragma unroll
+            for (int n = 0; n < OWN_X * OWN_Y; ++n) {
+                sum[n / OWN_Y][n % OWN_Y] += part[n / OWN_Y][n % OWN_Y];
+                part[n / OWN_Y][n % OWN_Y] = 0;
             }
         }
         if (!more) break;
@@ -206,7 +219,7 @@ __device__ __forceinline__ void fetch_mask(Factors &added, const Attention &a, i
     }
 }
 
-#if !defined(L1ATTN_EMULATOR) && __CUDA_ARCH__ >= 1200
+#if !defined(L1ATTN_EMULATOR) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
 const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // what the compiler makes of it there takes more registers
 #else
 const int BLOCKS = BLOCKS_PER_SM;

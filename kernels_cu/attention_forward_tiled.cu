@@ -21,6 +21,7 @@
 const int ACROSS = 8, DOWN = THREADS / ACROSS;              // threads along a row and a column of a tile of scores
 const int OWN_Q = BLOCK_Q / DOWN, OWN_K = TILE_K / ACROSS;  // scores of a thread
 const int OWN_V = BLOCK_V / ACROSS;
+const int SUMMED = 32;  // channels after which a new sum is begun: exp makes absolute errors of a score relative ones
 const acc_t WEIGHT_SCALE = DTYPE == F16 ? 32768 : 1;
 static_assert(ACROSS == 8 && THREADS % 32 == 0, "three shuffles join what the threads of a row have");
 static_assert(BLOCK_Q % DOWN == 0 && TILE_K % ACROSS == 0 && BLOCK_V % ACROSS == 0, "all threads own as many");
@@ -192,7 +193,13 @@ struct Rows {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_forward(const AttentionForward p) {
+#if !defined(L1ATTN_EMULATOR) && __CUDA_ARCH__ < 800
+const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // without asynchronous copies it takes more registers
+#else
+const int BLOCKS = BLOCKS_PER_SM;
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(const AttentionForward p) {
     const Attention &a = p.a;
     const unsigned v_blocks = max(1, ceil_div(a.channels_v, BLOCK_V)), q_blocks = ceil_div(a.length_q, BLOCK_Q);
     const unsigned tile = blockIdx.x / v_blocks, b = tile / q_blocks;
@@ -239,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
         __syncthreads();  // the first chunk is there
         Value::fetch(values, v + j0 * a.v.row_stride, a.v.row_stride, k_count, v_count);
 
-        acc_t scores[OWN_Q][OWN_K] = {};
+        acc_t scores[OWN_Q][OWN_K] = {}, sums[OWN_Q][OWN_K] = {};
         for (int e0 = BLOCK_E, now = 0;; e0 += BLOCK_E, now ^= 1) {
             const bool more = e0 < a.channels;
             if (more) {  // the next chunk is on the way while the sums below are formed
@@ -254,7 +261,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
 #pragma unroll
                 for (int r = 0; r < OWN_Q; ++r) {
 #pragma unroll
-                    for (int c = 0; c < OWN_K; ++c) scores[r][c] += absolute(qs[r] - ks[c]);
+                    for (int c = 0; c < OWN_K; ++c) sums[r][c] += absolute(qs[r] - ks[c]);
+                }
+            }
+            if (!more || e0 % SUMMED == 0) {
+#pragma unroll
+                for (int n = 0; n < OWN_Q * OWN_K; ++n) {
+                    scores[n / OWN_K][n % OWN_K] += sums[n / OWN_K][n % OWN_K];
+                    sums[n / OWN_K][n % OWN_K] = 0;
                 }
             }
             if (!more) break;

@@ -15,7 +15,7 @@
 // softmax can be. So a tile in which one |h| is above 1 / EVEN_SHARE of its row's takes signs in four instructions, which
 // lose nothing, and one with what is not finite by comparison.
 //
-// @variant  op=attention_backward dtypes=f32,f16,bf16 BLOCK_X=64 TILE_Y=32,64 BLOCK_E=64 WIDTH=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3,2 rank=20
+// @variant  op=attention_backward dtypes=f32,f16,bf16 BLOCK_X=64 TILE_Y=32,64 BLOCK_E=64 WIDTH=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2,3 rank=20
 // @variant  op=attention_backward dtypes=f64 BLOCK_X=32 TILE_Y=32 BLOCK_E=32 WIDTH=8 ROWS=4 CHANNELS=2 THREADS=128 BLOCKS_PER_SM=2 rank=20
 
 const int ACROSS = 8, DOWN = THREADS / ACROSS;              // threads along a row and a column of a tile of scores
@@ -219,13 +219,7 @@ __device__ __forceinline__ void fetch_mask(Factors &added, const Attention &a, i
     }
 }
 
-#if !defined(L1ATTN_EMULATOR) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
-const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // what the compiler makes of it there takes more registers
-#else
-const int BLOCKS = BLOCKS_PER_SM;
-#endif
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward(const AttentionBackward p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_backward(const AttentionBackward p) {
     const Attention &a = p.s.a;
     const bool of_key = p.of_key;
     const unsigned x_parts = ceil_div(a.channels, BLOCK_E), parts = x_parts + (of_key ? ceil_div(a.channels_v, BLOCK_E) : 0);

@@ -193,8 +193,8 @@ struct Rows {
     }
 };
 
-#if !defined(L1ATTN_EMULATOR) && __CUDA_ARCH__ < 800
-const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // without asynchronous copies it takes more registers
+#if !defined(L1ATTN_EMULATOR) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
+const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // there the code takes more registers
 #else
 const int BLOCKS = BLOCKS_PER_SM;
 #endif

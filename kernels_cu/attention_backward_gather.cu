@@ -1,7 +1,7 @@
 // attention_backward_gather.cu: gradients of fused L1 attention; the baseline.
-// Computes  p = exp(s - lse),  ds = p * (sum_c grad[i,c] * (v[j,c] - out[i,c]) + grad_lse[i]),  h = ds * F'(x) * scale
+// Computes  p = exp(s - largest) / total,  ds = p * (sum_c grad[i,c] * v[j,c] - delta[i]),  h = ds * F'(x) * scale
 //           dx[i,e] = sum_j h[i,j] * sign(x[i,e] - y[j,e]) for (q, k), or for (k, q); then also dv[j,c] = sum_i p * grad
-// Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  out, grad (B,L,V)  lse, grad_lse (B,L)
+// Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  grad (B,L,V)  softmax (B,L,2)  delta (B,L)
 //           dx, dxv as q, or as k and v; strides in elements, int64
 // Tiling    one row of x and BLOCK_E of its channels per block; rows of y in tiles of BLOCK_Y, a warp per h, then a
 //           thread per channel
@@ -14,12 +14,16 @@ static_assert(BLOCK_E == THREADS && THREADS % 32 == 0, "a thread owns one channe
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_backward(const AttentionBackward p) {
     const Attention &a = p.s.a;
-    const int channels = p.of_key ? a.channels + a.channels_v : a.channels, e_blocks = ceil_div(channels, BLOCK_E);
+    const int x_parts = ceil_div(a.channels, BLOCK_E), e_blocks = x_parts + (p.of_key ? ceil_div(a.channels_v, BLOCK_E) : 0);
+    const int part = blockIdx.x % e_blocks;
+    const bool of_x = part < x_parts;  // or of v
+    const int e = (of_x ? part : part - x_parts) * BLOCK_E + threadIdx.x;
+    const bool mine_is_there = e < (of_x ? a.channels : a.channels_v);
     const int length_x = p.of_key ? a.length_k : a.length_q;
-    const int e = blockIdx.x % e_blocks * BLOCK_E + threadIdx.x;  // of x, then of v
     const int row = blockIdx.x / e_blocks % length_x, entry = blockIdx.x / e_blocks / length_x * p.s.summed;
     const Matrix &x = p.of_key ? a.k : a.q, &y = p.of_key ? a.q : a.k;
     __shared__ acc_t h[BLOCK_Y], weights[BLOCK_Y];
+    __shared__ bool left[BLOCK_Y];
 
     const int lane = threadIdx.x % 32;
     const int first = p.of_key ? first_query(a, row) : first_key(a, row);
@@ -27,33 +31,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const Derivative derivative(a.score, a.scale, a.eps);
     acc_t sum = 0;
     for (int b = entry; b < entry + p.s.summed; ++b) {
-        const acc_t mine = e < a.channels ? to_acc(matrix(x, a.batch_shape, b)[row * x.row_stride + e]) : 0;
-        const scalar_t *ys = matrix(y, a.batch_shape, b), *grad = matrix(p.s.grad, a.batch_shape, b) - a.channels;
+        const acc_t mine = of_x && mine_is_there ? to_acc(matrix(x, a.batch_shape, b)[row * x.row_stride + e]) : 0;
+        const scalar_t *ys = matrix(y, a.batch_shape, b), *grad = matrix(p.s.grad, a.batch_shape, b);
         for (int j0 = first; j0 < end; j0 += BLOCK_Y) {
             const int count = min(BLOCK_Y, end - j0);
             for (int n = threadIdx.x / 32; n < count; n += THREADS / 32) {
-                acc_t weight, score;
+                acc_t weight, ds, score;
                 const int i = p.of_key ? j0 + n : row, j = p.of_key ? row : j0 + n;
-                const acc_t ds = score_gradient(p.s, b, i, j, lane, weight, score);
+                const bool counts = score_gradient(p.s, b, i, j, lane, weight, ds, score);
                 if (lane == 0) {
-                    h[n] = ds == 0 ? 0 : ds * derivative(score);
+                    h[n] = counts ? ds * derivative(score) : 0;
                     weights[n] = weight;
+                    left[n] = counts;
                 }
             }
             __syncthreads();  // this tile of h is there
-            for (int n = 0; n < count; ++n) {
-                if (e < a.channels) {
+            for (int n = 0; n < count && mine_is_there; ++n) {
+                if (of_x) {
                     sum += h[n] * sign(mine - to_acc(ys[(j0 + n) * y.row_stride + e]));
-                } else if (e < channels && weights[n] != 0) {
+                } else if (left[n]) {
                     sum += weights[n] * to_acc(grad[(j0 + n) * p.s.grad.row_stride + e]);
                 }
             }
             __syncthreads();  // all are done with it
         }
     }
-    if (e < a.channels) {
-        if (p.dx.data) matrix(p.dx, a.batch_shape, entry)[row * p.dx.row_stride + e] = to_scalar(sum);
-    } else if (e < channels && p.dxv.data) {
-        matrix(p.dxv, a.batch_shape, entry)[row * p.dxv.row_stride + e - a.channels] = to_scalar(sum);
-    }
+    const Matrix &result = of_x ? p.dx : p.dxv;
+    if (mine_is_there && result.data) matrix(result, a.batch_shape, entry)[row * result.row_stride + e] = to_scalar(sum);
 }

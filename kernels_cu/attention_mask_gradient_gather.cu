@@ -1,5 +1,5 @@
 // attention_mask_gradient_gather.cu: gradient of a mask that is added to the scores of fused L1 attention.
-// Computes  dmask[i,j] = sum_b p[b,i,j] * (sum_c grad[b,i,c] * (v[b,j,c] - out[b,i,c]) + grad_lse[b,i])
+// Computes  dmask[i,j] = sum_b p[b,i,j] * (sum_c grad[b,i,c] * v[b,j,c] - delta[b,i])
 // Shapes    as in attention_backward_gather.cu; dmask as mask, where a dimension of 1 is summed over
 // Tiling    one row of the mask, or all queries where they share one, and BLOCK_K columns, or all; a warp per pair
 // Cost      B*L*S*(2*E + 2*V) operations; memory of dmask alone
@@ -28,8 +28,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_m
             for (int j0 = column; j0 < end; j0 += BLOCK_K) {
                 for (int n = threadIdx.x / 32; n < BLOCK_K; n += THREADS / 32) {
                     if (j0 + n < first || j0 + n >= end) continue;  // the same for the whole warp
-                    acc_t weight, score;
-                    const acc_t ds = score_gradient(p.s, b, i, j0 + n, lane, weight, score);
+                    acc_t weight, ds, score;
+                    score_gradient(p.s, b, i, j0 + n, lane, weight, ds, score);
                     if (lane == 0) total[n] += ds;  // always by the same warp
                 }
             }

@@ -70,7 +70,8 @@ struct ScoresBackward {
 
 struct Attention {  // what forward and backward share
     Matrix q, k, v;                   // (B, L, E), (B, S, E), (B, S, V)
-    Matrix mask, lse;                 // (B, L, S); (B, L) in acc_t
+    Matrix mask;                      // (B, L, S)
+    Matrix softmax;                   // (B, L, 2) in acc_t: see struct Softmax
     int64 mask_column;                // stride along S; rows of a mask need not be contiguous
     int batch_shape[MAX_BATCH_DIMS];  // in the backward pass, dimensions to sum over come last
     int length_q, length_k, channels, channels_v;
@@ -82,13 +83,14 @@ struct Attention {  // what forward and backward share
 
 struct AttentionForward {
     Attention a;
-    Matrix out;  // (B, L, V)
+    Matrix out;       // (B, L, V), in scalar_t, or in acc_t if `unrounded`: see store_out
+    int unrounded, unused;
 };
 
 struct AttentionSaved {  // what the backward pass starts from
     Attention a;
-    Matrix out, grad, grad_lse;  // (B, L, V) twice; (B, L) in acc_t, its address may be 0
-    int kept, summed;            // matrices of a gradient, and batch entries that are summed into each
+    Matrix grad, delta;  // (B, L, V); (B, L) in acc_t: sum_c grad[i,c] * out[i,c] - grad_lse[i], out before it was rounded
+    int kept, summed;    // matrices of a gradient, and batch entries that are summed into each
 };
 
 struct AttentionBackward {  // the gradient of q, or those of k and v: an address of 0 is one that is not wanted
@@ -164,6 +166,9 @@ __device__ __forceinline__ float reciprocal(float x) {  // one instruction, at m
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
+// exp in three instructions. To its 2 ulp comes what rounds x * log2(e): less than what rounding a score of that size does.
+__device__ __forceinline__ float quick_exponential(float x) { return exp2f(x * 1.4426950408889634f); }
+__device__ __forceinline__ double quick_exponential(double x) { return exp(x); }
 __device__ __forceinline__ bool finite(acc_t x) { return x - x == 0; }
 
 __device__ __forceinline__ acc_t sign(acc_t d) { return (acc_t)((d > 0) - (d < 0)); }
@@ -259,13 +264,71 @@ __device__ __forceinline__ acc_t *accumulated(const Matrix &m, const int *batch_
     return (acc_t *)m.data + offset(m, batch_shape, index);
 }
 
-// The score of query i and key j with the mask added; -inf, whatever the score is, where the mask says so.
+// What stands for a score that is -inf by itself, of a key infinitely far away: -inf says that a key is ruled out, and
+// nothing else. No other score comes to it: a mask of the lowest number there is, its neighbour, swallows what it is
+// added to.
+const acc_t FARTHEST = DTYPE == F64 ? -0x1.ffffffffffffep+1023 : -0x1.fffffcp+127;
+
+// The score of a query and a key with the mask added, whose number for the two is `place` numbers from its first; -inf,
+// whatever the score is, where the mask rules the key out.
+__device__ __forceinline__ acc_t masked_at(const Attention &a, int64 place, acc_t score) {
+    if (a.mask_kind == BOOLEAN) {
+        if (!((const unsigned char *)a.mask.data)[place]) return -infinity();
+    } else if (a.mask_kind == ADDITIVE) {
+        const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
+        if (added == -infinity()) return added;
+        score += added;
+    }
+    return score == -infinity() ? FARTHEST : score;
+}
+// The same from what the mask adds, -inf where it rules the key out.
+__device__ __forceinline__ acc_t with_mask(acc_t score, acc_t added) {
+    if (added == -infinity()) return added;
+    score += added;
+    return score == -infinity() ? FARTHEST : score;
+}
 __device__ __forceinline__ acc_t masked(const Attention &a, int b, int i, int j, acc_t score) {
-    if (a.mask_kind == NO_MASK) return score;
-    const int64 place = offset(a.mask, a.batch_shape, b) + i * a.mask.row_stride + j * a.mask_column;
-    if (a.mask_kind == BOOLEAN) return ((const unsigned char *)a.mask.data)[place] ? score : -infinity();
-    const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
-    return added == -infinity() ? added : score + added;
+    const int64 place = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
+    return masked_at(a, place + i * a.mask.row_stride + j * a.mask_column, score);
+}
+
+// How the softmax of a row was taken: its largest masked score, and the sum of exp(score - largest). It is kept in these
+// two parts, as their log-sum-exp in one number is too coarse where the largest is large: after a mask of -1e9 was added
+// to all keys, in steps of 64. A row without a key has (-inf, 0), one whose keys are all infinitely far away NaN twice.
+struct Softmax {
+    acc_t largest, total;
+
+    // Of a row that is done. Parts of the keys can be joined before, not after.
+    __device__ __forceinline__ void finish() {
+        if (largest == FARTHEST) largest = total = infinity() - infinity();
+    }
+    // What to multiply a sum of exp(score - largest) * value by.
+    __device__ __forceinline__ acc_t factor() const { return total == 0 ? 0 : 1 / total; }
+    // p of a masked score. Nothing of a key that is ruled out, -inf, may come into a sum: check for that, not for p = 0.
+    __device__ __forceinline__ acc_t weight(acc_t score, acc_t factor) const {
+        return score == -infinity() ? 0 : exponential(score - largest) * factor;
+    }
+    __device__ __forceinline__ void load(const Attention &a, int b, int i) {
+        const acc_t *parts = accumulated(a.softmax, a.batch_shape, b) + i * a.softmax.row_stride;
+        largest = parts[0], total = parts[1];
+    }
+    __device__ __forceinline__ void store(const Attention &a, int b, int i) const {
+        acc_t *parts = accumulated(a.softmax, a.batch_shape, b) + i * a.softmax.row_stride;
+        parts[0] = largest, parts[1] = total;
+    }
+};
+
+// What stands for the weight of a key that is ruled out: 0 in products, and not what a weight can be.
+__device__ __forceinline__ acc_t ruled_out() { return -(acc_t)0; }
+__device__ __forceinline__ bool is_ruled_out(acc_t weight) { return weight == 0 && signbit(weight); }
+
+// out[b, i, c] = x: unrounded where the backward pass will need it so, which with 16-bit numbers it does.
+__device__ __forceinline__ void store_out(const AttentionForward &p, int b, int i, int c, acc_t x) {
+    if (p.unrounded) {
+        accumulated(p.out, p.a.batch_shape, b)[i * p.out.row_stride + c] = x;
+    } else {
+        matrix(p.out, p.a.batch_shape, b)[i * p.out.row_stride + c] = to_scalar(x);
+    }
 }
 
 // The keys of query i, and the queries of key j, that window and causality leave: from the first up to the end.
@@ -278,26 +341,27 @@ __device__ __forceinline__ int end_of_queries(const Attention &a, int j) {
     return a.left < 0 || a.left >= a.length_q - j ? a.length_q : j + a.left + 1;
 }
 
-// ds of query i and key j, by a warp; `weight` becomes p, `score` the score without the mask.
-__device__ __forceinline__ acc_t score_gradient(const AttentionSaved &p, int b, int i, int j, int lane,
-                                                acc_t &weight, acc_t &score) {
+// p and ds of query i and key j, by a warp, and the score without the mask. Returns whether the key is left: where it is
+// ruled out it may hold anything, and p and ds are 0.
+__device__ __forceinline__ bool score_gradient(const AttentionSaved &p, int b, int i, int j, int lane, acc_t &weight,
+                                               acc_t &ds, acc_t &score) {
     const Attention &a = p.a;
     const scalar_t *q = matrix(a.q, a.batch_shape, b) + i * a.q.row_stride;
     const scalar_t *k = matrix(a.k, a.batch_shape, b) + j * a.k.row_stride;
     const scalar_t *v = matrix(a.v, a.batch_shape, b) + j * a.v.row_stride;
     const scalar_t *grad = matrix(p.grad, a.batch_shape, b) + i * p.grad.row_stride;
-    const scalar_t *out = matrix(p.out, a.batch_shape, b) + i * p.out.row_stride;
     score = score_of(warp_distance(q, k, a.channels, lane), a);
-    acc_t product = 0, delta = 0;
-    for (int c = lane; c < a.channels_v; c += 32) {
-        product += to_acc(grad[c]) * to_acc(v[c]);
-        delta += to_acc(grad[c]) * to_acc(out[c]);
-    }
-    product = warp_sum(product), delta = warp_sum(delta);
-    if (p.grad_lse.data) delta -= accumulated(p.grad_lse, a.batch_shape, b)[i * p.grad_lse.row_stride];
-    const acc_t lse = accumulated(a.lse, a.batch_shape, b)[i * a.lse.row_stride];
-    weight = lse == -infinity() ? 0 : exponential(masked(a, b, i, j, score) - lse);
-    return weight == 0 ? 0 : weight * (product - delta);  // what is masked may be NaN
+    acc_t product = 0;
+    for (int c = lane; c < a.channels_v; c += 32) product += to_acc(grad[c]) * to_acc(v[c]);
+    product = warp_sum(product);
+    const acc_t delta = accumulated(p.delta, a.batch_shape, b)[i * p.delta.row_stride];
+    const acc_t with_mask = masked(a, b, i, j, score);
+    Softmax softmax;
+    softmax.load(a, b, i);
+    weight = softmax.weight(with_mask, softmax.factor());
+    const bool left = with_mask != -infinity();
+    ds = left ? weight * (product - delta) : 0;
+    return left;
 }
 
 // The sum of more and larger |h| might overflow where that of h * sign does not.
@@ -378,6 +442,180 @@ __device__ __forceinline__ void wait_async() {
 #elif ASYNC_COPY
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------------------------
+
+#if (DTYPE == F16 || DTYPE == BF16) && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
+#define TENSOR_CORES 1
+
+// Two numbers, as tensor cores take them, and what rounding them took away.
+struct Rounded {
+    unsigned high, low;
+
+    __device__ __forceinline__ Rounded(acc_t x, acc_t y) {
+        const Pair h = {{to_scalar(x), to_scalar(y)}};
+        const Pair l = {{to_scalar(x - to_acc(h.at[0])), to_scalar(y - to_acc(h.at[1]))}};
+        high = *(const unsigned *)&h, low = *(const unsigned *)&l;
+    }
+    struct alignas(4) Pair {
+        scalar_t at[2];
+    };
+};
+
+// c += a @ b for matrices of 16 x 16 and 16 x 8 numbers, spread over a warp. With g = lane / 4 and t = lane % 4, a lane has
+// of a:  rows g (a[0], a[2]) and g + 8 (a[1], a[3]), columns 2t and 2t + 1 (a[0], a[1]), and those 8 further (a[2], a[3])
+// of b:  column g, rows 2t and 2t + 1 (b0), and those 8 further (b1)
+// of c:  rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1
+__device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, float &c3, const unsigned (&a)[4],
+                                             unsigned b0, unsigned b1) {
+#ifndef L1ATTN_EMULATOR
+#if DTYPE == F16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    struct alignas(8) Part {
+        unsigned at[6];
+    };
+    __shared__ Part parts[THREADS];
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    Part *warp = parts + (threadIdx.x - lane);
+    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
+    __syncwarp();
+    float *const c[4] = {&c0, &c1, &c2, &c3};
+    for (int from = 0; from < 4; ++from) {
+        const Part rows = warp[g * 4 + from];
+        for (int column = 0; column < 2; ++column) {
+            const Part b = warp[(2 * t + column) * 4 + from];
+            for (int n = 0; n < 8; ++n) {  // n / 4: row g or g + 8; n % 4: which of the four numbers of b
+                const scalar_t *x = (const scalar_t *)&rows.at[n / 4 + n % 4 / 2 * 2] + n % 2;
+                const scalar_t *y = (const scalar_t *)&b.at[4 + n % 4 / 2] + n % 2;
+                *c[n / 4 * 2 + column] += to_acc(*x) * to_acc(*y);
+            }
+        }
+    }
+    __syncwarp();
+#endif
+}
+#else
+#define TENSOR_CORES 0
+#endif
+
+// Keeps the compiler from computing what depends on these before the loop that the call is in.
+__device__ __forceinline__ void compute_again(const scalar_t *&address, int64 &stride) {
+#ifndef L1ATTN_EMULATOR
+    asm volatile("" : "+l"(address), "+l"(stride));
+#endif
+}
+
+// ---- tiles in shared memory -----------------------------------------------------------------------------------
+
+// Block rows on their way, Width channels at a time, from global to shared memory: chunk[e][row]. fetch() may be called
+// while the chunk before is read; what put() stores is there after a barrier.
+template <int Block, int Width>
+struct Transposed {
+    static_assert(Width % LOAD == 0, "a chunk of a row is a whole number of 128-bit loads");
+    static const int STRIDE = Block + VEC;  // the extra VEC spreads the transposed stores over the banks
+    typedef acc_t Shared[Width][STRIDE];
+#if DTYPE == F32 || DTYPE == F64  // number by number, past the registers
+    static const int STEP = THREADS / Width;  // rows that all threads load at once
+    static_assert(THREADS % Width == 0 && Block % STEP == 0, "all threads load whole rows together");
+
+    __device__ __forceinline__ void fetch(Shared &chunk, const scalar_t *rows, int64 stride, int count, int channels,
+                                          bool whole) {
+        const int e = threadIdx.x % Width, first = threadIdx.x / Width;
+        const scalar_t *from = rows + first * stride + e;
+        if (whole) {
+#pragma unroll
+            for (int n = 0; n < Block; n += STEP, from += STEP * stride) copy_async<scalar_t>(&chunk[e][first + n], from);
+        } else {
+#pragma unroll
+            for (int n = 0; n < Block; n += STEP, from += STEP * stride) {
+                copy_async<scalar_t>(&chunk[e][first + n], from, first + n < count && e < channels);
+            }
+        }
+    }
+    __device__ __forceinline__ void put(Shared &) const { wait_async(); }
+#else  // by 128-bit loads to registers, where they become acc_t
+    static const int GROUPS = Width / LOAD;                // 128-bit loads in a row of a chunk
+    static const int STEP = THREADS / GROUPS;                // rows that all threads load at once
+    static const int MINE = (Block + STEP - 1) / STEP;
+    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
+    Load numbers[MINE];
+
+    __device__ __forceinline__ void fetch(Shared &, const scalar_t *rows, int64 stride, int count, int channels,
+                                          bool whole) {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+        const scalar_t *from = rows + first * stride + e;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n, from += STEP * stride) {
+            if (whole && Block % STEP == 0) {
+                numbers[n] = *(const Load *)from;
+            } else {
+                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
+            }
+        }
+    }
+    __device__ __forceinline__ void put(Shared &chunk) const {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n) {
+            if (Block % STEP != 0 && first + n * STEP >= Block) break;
+#pragma unroll
+            for (int i = 0; i < LOAD; ++i) chunk[e + i][first + n * STEP] = to_acc(numbers[n].at[i]);
+        }
+    }
+#endif
+};
+
+// Rows in shared memory as they are: values[row][column], zeros where there are none. What fetch() copies is there after
+// wait_async() and a barrier.
+template <int Block, int Width>
+struct Straight {
+    typedef scalar_t Shared[Block][Width + LOAD];  // the extra LOAD spreads the rows over the banks
+    static const int GROUPS = Width / LOAD, MINE = Block * GROUPS / THREADS;  // 128-bit loads in a row, and of a thread
+    static_assert(Width % LOAD == 0 && Block * GROUPS % THREADS == 0, "all threads load as much");
+
+    __device__ __forceinline__ static void fetch(Shared &values, const scalar_t *from, int64 stride, int rows, int columns) {
+        const bool whole = columns >= Width && aligned_rows(from, stride);
+#pragma unroll
+        for (int n = 0; n < MINE; ++n) {
+            const int place = threadIdx.x + n * THREADS, row = place / GROUPS, column = place % GROUPS * LOAD;
+            const scalar_t *mine = from + row * stride + column;
+            if (whole) {
+                copy_async<Load>(&values[row][column], mine, row < rows);
+            } else {
+                *(Load *)&values[row][column] = load(mine, row < rows ? columns - column : 0);
+            }
+        }
+    }
+    // Whether all that this thread fetched, and waited for, is finite.
+    __device__ __forceinline__ static bool finite(const Shared &values) {
+        acc_t zero = 0;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n) {
+            const int place = threadIdx.x + n * THREADS;
+            const Load numbers = *(const Load *)&values[place / GROUPS][place % GROUPS * LOAD];
+#pragma unroll
+            for (int i = 0; i < LOAD; ++i) zero = multiply_add(to_acc(numbers.at[i]), 0, zero);
+        }
+        return zero == 0;
+    }
+};
+
+// A thread's numbers of one channel: groups of VEC neighbours, APART * VEC apart, so that a warp reads without conflicts.
+template <int APART, int N>
+__device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int place) {
+#pragma unroll
+    for (int n = 0; n < N; n += VEC) {
+        const Vec v = *(const Vec *)(channel + n * APART + place * VEC);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) mine[n + i] = v.at[i];
+    }
 }
 
 // ---- tiles of scores ------------------------------------------------------------------------------------------

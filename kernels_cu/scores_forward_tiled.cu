@@ -16,75 +16,6 @@ const int OWN_Q = BLOCK_Q / DOWN, OWN_K = TILE_K / ACROSS;     // outputs of a t
 static_assert(BLOCK_K % TILE_K == 0, "a block is a whole number of tiles");
 static_assert(THREADS % ACROSS == 0 && BLOCK_Q % DOWN == 0 && TILE_K % ACROSS == 0, "all threads own as many outputs");
 static_assert(OWN_Q % VEC == 0 && OWN_K % VEC == 0, "a thread reads its rows and columns 128 bits at a time");
-static_assert(BLOCK_E % LOAD == 0, "a chunk of a row is a whole number of 128-bit loads");
-
-// BLOCK rows on their way, chunk by chunk, from global to shared memory: chunk[e][row]. fetch() may be called while the
-// chunk before is read; what put() stores is there after a barrier.
-template <int BLOCK>
-struct Chunk {
-    static const int STRIDE = BLOCK + VEC;  // the extra VEC spreads the transposed stores over the banks
-    typedef acc_t Shared[BLOCK_E][STRIDE];
-#if DTYPE == F32 || DTYPE == F64  // number by number, past the registers
-    static const int STEP = THREADS / BLOCK_E;  // rows that all threads load at once
-    static_assert(THREADS % BLOCK_E == 0 && BLOCK % STEP == 0, "all threads load whole rows together");
-
-    __device__ __forceinline__ void fetch(Shared &chunk, const scalar_t *rows, int64 stride, int count, int channels,
-                                          bool whole) {
-        const int e = threadIdx.x % BLOCK_E, first = threadIdx.x / BLOCK_E;
-        const scalar_t *from = rows + first * stride + e;
-        if (whole) {
-#pragma unroll
-            for (int n = 0; n < BLOCK; n += STEP, from += STEP * stride) copy_async<scalar_t>(&chunk[e][first + n], from);
-        } else {
-#pragma unroll
-            for (int n = 0; n < BLOCK; n += STEP, from += STEP * stride) {
-                copy_async<scalar_t>(&chunk[e][first + n], from, first + n < count && e < channels);
-            }
-        }
-    }
-    __device__ __forceinline__ void put(Shared &) const { wait_async(); }
-#else  // by 128-bit loads to registers, where they become acc_t
-    static const int GROUPS = BLOCK_E / LOAD;                // 128-bit loads in a row of a chunk
-    static const int STEP = THREADS / GROUPS;                // rows that all threads load at once
-    static const int MINE = (BLOCK + STEP - 1) / STEP;
-    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
-    Load numbers[MINE];
-
-    __device__ __forceinline__ void fetch(Shared &, const scalar_t *rows, int64 stride, int count, int channels,
-                                          bool whole) {
-        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
-        const scalar_t *from = rows + first * stride + e;
-#pragma unroll
-        for (int n = 0; n < MINE; ++n, from += STEP * stride) {
-            if (whole && BLOCK % STEP == 0) {
-                numbers[n] = *(const Load *)from;
-            } else {
-                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
-            }
-        }
-    }
-    __device__ __forceinline__ void put(Shared &chunk) const {
-        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
-#pragma unroll
-        for (int n = 0; n < MINE; ++n) {
-            if (BLOCK % STEP != 0 && first + n * STEP >= BLOCK) break;
-#pragma unroll
-            for (int i = 0; i < LOAD; ++i) chunk[e + i][first + n * STEP] = to_acc(numbers[n].at[i]);
-        }
-    }
-#endif
-};
-
-// A thread's numbers of one channel: groups of VEC neighbours, APART * VEC apart, so that a warp reads without conflicts.
-template <int APART, int N>
-__device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int place) {
-#pragma unroll
-    for (int n = 0; n < N; n += VEC) {
-        const Vec v = *(const Vec *)(channel + n * APART + place * VEC);
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) mine[n + i] = v.at[i];
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_forward(const ScoresForward p) {
     const Tile tile(p.length_q, p.length_k, BLOCK_Q, BLOCK_K);
@@ -97,10 +28,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_forw
                        aligned_rows(q, p.q.row_stride) && aligned_rows(k, p.k.row_stride) &&
                        aligned_rows(out, p.out.row_stride);
 
-    __shared__ alignas(16) typename Chunk<BLOCK_Q>::Shared q_chunks[2];
-    __shared__ alignas(16) typename Chunk<TILE_K>::Shared k_chunks[2];
-    Chunk<BLOCK_Q> q_next;
-    Chunk<TILE_K> k_next;
+    __shared__ alignas(16) typename Transposed<BLOCK_Q, BLOCK_E>::Shared q_chunks[2];
+    __shared__ alignas(16) typename Transposed<TILE_K, BLOCK_E>::Shared k_chunks[2];
+    Transposed<BLOCK_Q, BLOCK_E> q_next;
+    Transposed<TILE_K, BLOCK_E> k_next;
     const int row = threadIdx.x / ACROSS, column = threadIdx.x % ACROSS;
     acc_t distance[OWN_Q][OWN_K] = {};
 

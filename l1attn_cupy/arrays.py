@@ -143,6 +143,37 @@ def assign(target: Any, source: Any) -> None:
     target[...] = source if is_torch(target) else source.astype(target.dtype)
 
 
+def sum_of_products(a: Any, b: Any, dtype: str) -> Any:
+    """``sum_c a[..., c] * b[..., c]``, computed and returned in ``dtype``; the same bits from any memory layout."""
+    if is_torch(a):
+        number = getattr(sys.modules["torch"], dtype)
+        return (a.to(number) * b.to(number)).contiguous().sum(-1)
+    with _device_of(a):
+        return _namespace(a).ascontiguousarray(a.astype(dtype) * b.astype(dtype)).sum(-1)
+
+
+def log_sum_exp(softmax: Any) -> Any:
+    """``largest + log(total)`` of its two parts, (..., 2)."""
+    if is_torch(softmax):
+        return softmax[..., 0] + softmax[..., 1].log()
+    with _device_of(softmax), np.errstate(divide="ignore"):  # rows without a key have no sum
+        return softmax[..., 0] + _namespace(softmax).log(softmax[..., 1])
+
+
+def softmax_of(lse: Any, dtype: str) -> Any:
+    """Two parts in ``dtype``, (..., 2), whose `log_sum_exp` is lse: what ``dtype`` holds of it, and exp of the rest."""
+    if is_torch(lse):
+        torch = sys.modules["torch"]
+        largest = lse.to(getattr(torch, dtype))
+        rest = torch.where(largest.isfinite(), lse - largest, 0)
+        return torch.stack([largest, rest.exp().to(largest.dtype)], -1)
+    with _device_of(lse), np.errstate(invalid="ignore"):  # infinity less itself
+        library = _namespace(lse)
+        largest = lse.astype(dtype)
+        rest = library.where(library.isfinite(largest), lse - largest, 0)
+        return library.stack([largest, library.exp(rest).astype(dtype)], -1)
+
+
 def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
     """``array``, or a copy of it if its last stride is not 1; ``spec`` is its description, if at hand."""
     spec = spec or describe(array)
@@ -151,13 +182,20 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
     return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)
 
 
-def integers(name: str, numbers: Any) -> list[int]:
-    """A tensor, array or sequence of integers, as Python's own."""
-    listed = numbers.tolist() if hasattr(numbers, "tolist") else numbers
-    whole = isinstance(listed, Sequence) and all(isinstance(n, Integral) for n in listed)
-    if not whole or any(isinstance(n, bool) for n in listed):
+def integers(name: str, numbers: Any) -> np.ndarray:
+    """A tensor, array or sequence of integers, as int64 on the CPU."""
+    if is_torch(numbers):
+        given = numbers.detach().cpu().numpy()
+    elif is_cupy(numbers):
+        given = numbers.get()
+    elif isinstance(numbers, Sequence) and not isinstance(numbers, str):
+        whole = all(type(n) is int or isinstance(n, Integral) for n in numbers)
+        given = np.array(numbers, np.int64 if whole and bool not in map(type, numbers) else object)
+    else:
+        given = np.asarray(numbers)
+    if given.ndim != 1 or given.dtype.kind not in "iu":
         raise TypeError(f"{name} must be one-dimensional and of integers, got {numbers!r}")
-    return [int(n) for n in listed]
+    return given.astype(np.int64)
 
 
 def _device_of(array: Any) -> contextlib.AbstractContextManager:

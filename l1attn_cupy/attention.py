@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from . import arrays, plan_attention, run_attention
@@ -72,8 +71,10 @@ def l1_attention(
     -----
     Accumulation as in `l1_scores`. Scores that causality or the window rule out are not computed, but for those in
     tiles that are in part within. A key that is ruled out has no influence, whatever it holds. Where all are, out is 0,
-    lse is -inf and gradients are 0. Kept for the backward pass are query, key, value, mask, out and lse. The result is
-    the same bit for bit in every run and with any number of threads. The gradients can be differentiated no further.
+    lse is -inf and gradients are 0. Where all others are infinitely far away, results are NaN, as those of softmax.
+    Kept for the backward pass are query, key, value, mask, out before it was rounded, and two numbers for each query.
+    The result is the same bit for bit in every run and with any number of threads. The gradients can be differentiated
+    no further.
 
     Examples
     --------
@@ -87,16 +88,17 @@ def l1_attention(
     Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning", 2023.
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_lse", return_lse)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
 
-        out, lse = autograd_attention.attention(query, key, value, attn_mask, options)
+        out, lse = autograd_attention.attention(query, key, value, attn_mask, options, return_lse)
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value, attn_mask=attn_mask)
     call = _plan(given, options)
-    results = [arrays.give_back(result, query) for result in run_attention.attention(call, *given.values())]
-    return tuple(results) if return_lse else results[0]
+    out, softmax, _ = run_attention.attention(call, *given.values())
+    return _give_back(out, softmax, query, return_lse)
 
 
 def l1_attention_backward(
@@ -128,10 +130,12 @@ def l1_attention_backward(
         Gradient of the loss with respect to ``out``; library, dtype and device of ``query``, any strides.
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, score, eps, window, backend, variant
         As in the call of `l1_attention`.
-    out, lse : array
-        What that call returned, with ``return_lse``.
+    out : array, shape (..., Hq, L, Ev)
+        What that call returned; for 16-bit arrays better as it was before it was rounded, in float32.
+    lse : array, shape (..., Hq, L)
+        What that call returned with ``return_lse``; float32 (float64 for float64) or float64.
     grad_lse : array, shape (..., Hq, L), optional
-        Gradient of the loss with respect to ``lse``, in its dtype.
+        Gradient of the loss with respect to ``lse``, in float32 (float64 for float64) or float64.
     return_dmask : bool
         Also return the gradient of an ``attn_mask`` that is not bool.
 
@@ -149,11 +153,13 @@ def l1_attention_backward(
 
     Notes
     -----
-    Weights are computed again as ``exp(score - lse)``, so their relative error is at least that of ``lse`` as it was
-    rounded, 6e-8 times its size in float32. Ties count zero, as in `l1_scores_backward`. The result is the same bit for
-    bit in every run. Torch tensors need not call this: `l1_attention` is differentiable.
+    Weights are computed again as ``exp(score - lse)``, so they are as accurate as both: in float32 off by 6e-8 times
+    their size, which after a mask of -1e9 was added to all keys leaves nothing. In the same way sums go by ``out`` as
+    it is. Ties count zero, as in `l1_scores_backward`. The result is the same bit for bit in every run. Torch tensors
+    need not call this: `l1_attention` is differentiable, and keeps for it what is exact.
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_dmask", return_dmask)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     arguments = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     saved = {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
@@ -165,10 +171,12 @@ def l1_attention_backward(
     given, rest = _accept(**arguments), _accept(**saved)
     call = _plan(given, options)
     plan_attention.check_dmask(call.mask, return_dmask)
-    q, k, v, mask = given.values()
+    run_attention.check_backward(call, **rest)
+    softmax = arrays.softmax_of(rest["lse"], call.lse_dtype)
     needed = (True, True, True, return_dmask)
+    q, k, v, mask = given.values()
     gradients = run_attention.attention_backward(
-        call, rest["grad_out"], q, k, v, mask, rest["out"], rest["lse"], rest["grad_lse"], needed
+        call, rest["grad_out"], q, k, v, mask, rest["out"], softmax, rest["grad_lse"], needed
     )
     likes = (query, key, value, attn_mask)
     return tuple(
@@ -226,11 +234,13 @@ def l1_attention_varlen(
     (5, 1, 1)
     """
     plan_attention.check_dropout(dropout_p)
+    plan_attention.check_flag("return_lse", return_lse)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
 
-        out, lse = autograd_attention.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+        ends = cu_seqlens_q, cu_seqlens_k
+        out, lse = autograd_attention.attention_varlen(query, key, value, *ends, options, return_lse)
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value)
     for name, array in given.items():
@@ -238,9 +248,14 @@ def l1_attention_varlen(
     ends = arrays.integers("cu_seqlens_q", cu_seqlens_q), arrays.integers("cu_seqlens_k", cu_seqlens_k)
     segments = plan_attention.segments(*ends, len(given["query"]), len(given["key"]))
     given = {name: array.swapaxes(0, 1) for name, array in given.items()} | {"attn_mask": None}
-    out, lse = run_attention.attention(_plan(given, options, segments), *given.values())
-    out, lse = arrays.give_back(out.swapaxes(0, 1), query), arrays.give_back(lse, query)
-    return (out, lse) if return_lse else out
+    out, softmax, _ = run_attention.attention(_plan(given, options, segments), *given.values())
+    return _give_back(out.swapaxes(0, 1), softmax, query, return_lse)
+
+
+def _give_back(out: Any, softmax: Any, query: Any, return_lse: bool) -> Any:
+    """The results as arrays of query's library."""
+    out = arrays.give_back(out, query)
+    return (out, arrays.give_back(arrays.log_sum_exp(softmax), query)) if return_lse else out
 
 
 def _accept(**given: Any) -> dict[str, Any]:
@@ -250,7 +265,7 @@ def _accept(**given: Any) -> dict[str, Any]:
 
 
 def _plan(
-    given: dict[str, Any], options: plan_attention.AttentionOptions, segments: Sequence[Any] | None = None
+    given: dict[str, Any], options: plan_attention.AttentionOptions, segments: plan_attention.Segments | None = None
 ) -> plan_attention.AttentionPlan:
     specs = [None if array is None else arrays.describe(array) for array in given.values()]
-    return plan_attention.attention(*specs, options, segments)
+    return plan_attention.attention(specs, options, segments)

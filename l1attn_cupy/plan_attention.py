@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from . import plan
 from .plan import ArraySpec, Options, Shape
@@ -16,16 +17,16 @@ UNLIMITED = -1
 #: Arrays that may be None.
 OPTIONAL = ("attn_mask", "grad_lse")
 
-#: First query, end of the queries, first key and end of the keys of one sequence of a batch.
-Segment = tuple[int, int, int, int]
+#: First query, end of the queries, first key and end of the keys of each sequence of a batch, (sequences, 4).
+Segments = np.ndarray
 
 
 class AttentionPlan(NamedTuple):
     """A checked call. Arrays are as kernels see them: all batch dimensions broadcast to ``batch``.
 
     With ``groups``, heads are two dimensions, heads of key and queries that share one. ``window`` is (left, right),
-    `UNLIMITED` or a number of keys each. ``packed`` tells that (total, heads, E) is the order of the arrays in memory;
-    ``segments`` are the sequences.
+    `UNLIMITED` or a number of keys each. ``packed`` tells that (total, heads, E) is the order of the arrays in memory,
+    and that ``segments`` are the sequences, which may be others in every call: see `without_segments`.
     """
 
     query: ArraySpec
@@ -36,9 +37,19 @@ class AttentionPlan(NamedTuple):
     out_shape: Shape
     groups: tuple[int, int] | None
     window: tuple[int, int]
-    segments: tuple[Segment, ...]
     packed: bool
     options: Options
+    segments: Segments | None = None
+
+    @property
+    def without_segments(self) -> AttentionPlan:
+        """What to look things up by in a cache."""
+        return self._replace(segments=None) if self.packed else self
+
+    @property
+    def sequences(self) -> Segments:
+        """``segments``, or all as one."""
+        return np.array([[0, self.length_q, 0, self.length_k]]) if self.segments is None else self.segments
 
     @property
     def length_q(self) -> int:
@@ -61,16 +72,21 @@ class AttentionPlan(NamedTuple):
         return self.out_shape[:-1]
 
     @property
+    def softmax_shape(self) -> Shape:
+        return (*self.lse_shape, 2)
+
+    @property
     def lse_dtype(self) -> str:
+        """That of accumulation."""
         return "float64" if self.query.dtype == "float64" else "float32"
 
     def seen_by_kernels(self, name: str, spec: ArraySpec) -> ArraySpec:
         """Any array of a call, by its name: a matrix for each batch entry, with heads as in `groups`."""
         if name in ("mask", "dmask"):
             spec = _as_matrix(spec)
-        elif name in ("lse", "grad_lse"):  # a column
+        elif name in ("delta", "grad_lse"):  # a column
             spec = spec._replace(shape=(*spec.shape, 1), strides=(*spec.strides, 0))
-        if self.groups is None or name == "delta":
+        if self.groups is None:
             return spec
         return _lone(spec) if name in ("key", "value", "dkey", "dvalue") else _split_heads(spec, *self.groups)
 
@@ -104,18 +120,28 @@ def option_types(
     is_causal: Any,
     window: Any,
     score: str,
-    scale: float,
+    scale: float | None,
     eps: float,
     backend: str | None,
     variant: str | None,
 ) -> AttentionOptions:
     """Check the types of the options, and that numbers are in their range."""
-    for name, flag in (("enable_gqa", enable_gqa), ("is_causal", is_causal)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    check_flag("enable_gqa", enable_gqa)
+    check_flag("is_causal", is_causal)
+    if scale is None:
+        raise TypeError(
+            "scale must be a positive finite number, got NoneType None; what scaled_dot_product_attention makes of "
+            "None is scale=query.shape[-1] ** -0.5"
+        )
     _check_window(window)
     left, right = band(is_causal, window)
     return AttentionOptions(enable_gqa, left, right, *plan.option_types(score, scale, eps, backend, variant))
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """Raise unless ``flag`` is a bool."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
 def band(is_causal: bool, window: Sequence[int] | None) -> tuple[int, int]:
@@ -136,41 +162,50 @@ def _check_window(window: Any) -> None:
             raise ValueError(f"window must have numbers from 0 on, or -1 for no limit, got {window!r}")
 
 
-@functools.lru_cache(maxsize=64)
 def attention(
+    specs: Sequence[ArraySpec | None], options: AttentionOptions, segments: Segments | None = None
+) -> AttentionPlan:
+    """Check a call of `l1_attention` with query, key, value and mask; the errors are the ones its docstring lists.
+
+    With ``segments`` the arrays are packed sequences with heads before lengths.
+    """
+    call = _attention(*specs, options, segments is not None)
+    return call if segments is None else call._replace(segments=segments)
+
+
+@functools.lru_cache(maxsize=64)
+def _attention(
     query: ArraySpec,
     key: ArraySpec,
     value: ArraySpec,
     mask: ArraySpec | None,
     options: AttentionOptions,
-    segments: tuple[Segment, ...] | None = None,
+    packed: bool,
 ) -> AttentionPlan:
-    """Check a call of `l1_attention`; the errors are the ones its docstring lists.
-
-    With ``segments`` the arrays are packed sequences with heads before lengths.
-    """
     arrays = {"query": query, "key": key, "value": value}
     for name, spec in arrays.items():
         plan.check_array(name, spec)
         _check_like_query(name, query, spec)
+    given = {name: _given(spec.shape, packed) for name, spec in arrays.items()}
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}")
+        raise ValueError(
+            f"key must have head_dim {query.shape[-1]} to match query {given['query']}, got {given['key']}"
+        )
     if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have length {key.shape[-2]} to match key {key.shape}, got {value.shape}")
+        raise ValueError(f"value must have length {key.shape[-2]} to match key {given['key']}, got {given['value']}")
     plan.check_range(query.dtype, options.scale, options.eps)
     checked = plan.check_options(
         options.score, options.scale, options.eps, options.backend, options.variant, query.device
     )
-    groups = _groups(query, key, value) if options.enable_gqa else None
+    groups = _groups(query, key, value, given) if options.enable_gqa else None
     heads = [_split_heads(query, *groups), _lone(key), _lone(value)] if groups else [query, key, value]
-    batch = _broadcast(query, heads, tuple(arrays.values()))
+    batch = _broadcast(heads, given, packed, 2 if groups else 0)
     merged = (*batch[:-2], batch[-2] * batch[-1]) if groups else batch
     out_shape = (*merged, query.shape[-2], value.shape[-1])
     if mask is not None:
         _check_mask(mask, query, (*merged, query.shape[-2], key.shape[-2]))
         mask = _as_matrix(mask)
         mask = _split_heads(mask, *groups) if groups else mask
-    whole = ((0, query.shape[-2], 0, key.shape[-2]),)
     return AttentionPlan(
         heads[0],
         heads[1],
@@ -180,19 +215,25 @@ def attention(
         out_shape,
         groups,
         (options.left, options.right),
-        whole if segments is None else segments,
-        segments is not None,
+        packed,
         checked,
     )
 
 
-def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec) -> None:
+def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec, unrounded: str | None = None) -> None:
+    """Raise unless library, dtype and device are those of query, or the dtype is ``unrounded``."""
     plan.check_same("framework", "come from the same library as query", query, spec, name)
-    plan.check_same("dtype", "have query's dtype", query, spec, name)
+    if spec.dtype != unrounded:
+        plan.check_same("dtype", "have query's dtype", query, spec, name)
     plan.check_same("device", "be on query's device", query, spec, name)
 
 
-def _groups(query: ArraySpec, key: ArraySpec, value: ArraySpec) -> tuple[int, int]:
+def _given(shape: Shape, packed: bool) -> Shape:
+    """The shape as it was given: packed arrays come with heads before lengths."""
+    return (shape[1], shape[0], *shape[2:]) if packed else shape
+
+
+def _groups(query: ArraySpec, key: ArraySpec, value: ArraySpec, given: Mapping[str, Shape]) -> tuple[int, int]:
     """Heads of key, and queries that share one."""
     for name, spec in (("query", query), ("key", key), ("value", value)):
         if len(spec.shape) < 3:
@@ -202,10 +243,12 @@ def _groups(query: ArraySpec, key: ArraySpec, value: ArraySpec) -> tuple[int, in
             )
     heads_q, heads_k = query.shape[-3], key.shape[-3]
     if value.shape[-3] != heads_k:
-        raise ValueError(f"value must have {heads_k} heads to match key {key.shape}, got {value.shape}")
-    if heads_k == 0 or heads_q % heads_k:
-        raise ValueError(f"query must have a multiple of the {heads_k} heads of key {key.shape}, got {query.shape}")
-    return heads_k, heads_q // heads_k
+        raise ValueError(f"value must have {heads_k} heads to match key {given['key']}, got {given['value']}")
+    if heads_q % heads_k if heads_k else heads_q:
+        raise ValueError(
+            f"query must have a multiple of the {heads_k} heads of key {given['key']}, got {given['query']}"
+        )
+    return heads_k, heads_q // heads_k if heads_k else 1
 
 
 def _split_heads(spec: ArraySpec, heads: int, group: int) -> ArraySpec:
@@ -227,16 +270,16 @@ def _lone(spec: ArraySpec) -> ArraySpec:
     )
 
 
-def _broadcast(query: ArraySpec, specs: Sequence[ArraySpec], given: Sequence[ArraySpec]) -> Shape:
-    """The batch dimensions of all three broadcast, as in `torch.matmul`."""
+def _broadcast(specs: Sequence[ArraySpec], given: Mapping[str, Shape], packed: bool, of_heads: int) -> Shape:
+    """The batch dimensions of query, key and value broadcast, as in `torch.matmul`; the last ``of_heads`` are heads."""
     batch: Shape = ()
-    for name, spec, own in zip(("query", "key", "value"), specs, given, strict=True):
+    for spec, (name, shape) in zip(specs, given.items(), strict=True):
         try:
             batch = plan.broadcast_shapes(batch, spec.shape[:-2])
         except ValueError:
+            what, own = ("heads", batch[0]) if packed else ("batch dimensions", batch[: len(batch) - of_heads])
             raise ValueError(
-                f"{name} must have batch dimensions that broadcast with {batch} to match query {query.shape}, "
-                f"got {own.shape}"
+                f"{name} must have {what} that broadcast with {own} to match query {given['query']}, got {shape}"
             ) from None
     return batch
 
@@ -274,14 +317,13 @@ def check_packed(name: str, shape: Shape) -> None:
         raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got {shape}")
 
 
-def segments(cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], total_q: int, total_k: int) -> tuple:
+def segments(cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, total_q: int, total_k: int) -> Segments:
     """The sequences that cumulative lengths describe."""
     for name, ends, array, total in (
         ("cu_seqlens_q", cu_seqlens_q, "query", total_q),
         ("cu_seqlens_k", cu_seqlens_k, "key", total_k),
     ):
-        rising = all(a <= b for a, b in itertools.pairwise(ends))
-        if not ends or ends[0] != 0 or ends[-1] != total or not rising:
+        if not ends.size or ends[0] != 0 or ends[-1] != total or (ends[1:] < ends[:-1]).any():
             raise ValueError(
                 f"{name} must rise from 0 to the {total} rows of {array}, got {_shortened(ends)}; "
                 "it has the first row of each sequence, and the end of the last"
@@ -291,30 +333,30 @@ def segments(cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], total_q: 
             f"cu_seqlens_k must be of as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}, "
             f"got {len(cu_seqlens_k) - 1}"
         )
-    return tuple(zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True))
+    return np.stack([cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:]], -1)
 
 
-def _shortened(numbers: Sequence[int]) -> str:
-    return str(list(numbers)) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8]))}, ...]"
+def _shortened(numbers: np.ndarray) -> str:
+    return str(numbers.tolist()) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8].tolist()))}, ...]"
 
 
 @functools.lru_cache(maxsize=64)
 def attention_backward(
     call: AttentionPlan, grad_out: ArraySpec, out: ArraySpec, lse: ArraySpec, grad_lse: ArraySpec | None
 ) -> None:
-    """Check what `l1_attention_backward` takes beside the arguments of ``call``."""
+    """Check what `l1_attention_backward` takes beside the arguments of ``call``, which is without segments."""
     query = call.query
     for name, spec in (("grad_out", grad_out), ("out", out)):
         plan.check_array(name, spec)
-        _check_like_query(name, query, spec)
+        _check_like_query(name, query, spec, call.lse_dtype if name == "out" else None)
         if spec.shape != call.out_shape:
             raise ValueError(f"{name} must have the shape {call.out_shape} of the result, got {spec.shape}")
     for name, row in (("lse", lse), ("grad_lse", grad_lse)):
         if row is None:
             continue
         plan.check_dense(name, row)
-        if row.dtype != call.lse_dtype:
-            raise TypeError(f"{name} must have dtype {call.lse_dtype}, got {row.dtype}")
+        if row.dtype not in (call.lse_dtype, "float64"):
+            raise TypeError(f"{name} must have dtype {call.lse_dtype} or float64, got {row.dtype}")
         plan.check_same("framework", "come from the same library as query", query, row, name)
         plan.check_same("device", "be on query's device", query, row, name)
         if row.shape != call.lse_shape:

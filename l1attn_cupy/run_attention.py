@@ -1,4 +1,9 @@
-"""Fused attention from a checked plan to results, as `run` does for the scores."""
+"""Fused attention from a checked plan to results, as `run` does for the scores.
+
+``softmax``, shape (..., L, 2), is what tells how the softmax of a row was taken: its largest masked score, and the sum
+of ``exp(score - largest)``. Their log-sum-exp in one number would be too coarse to take gradients from where the
+largest is large. Both are in the dtype of accumulation.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +23,20 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module(f".{name}.attention_backend", __package__)
 
 
-def attention(call: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None) -> tuple[Any, Any]:
-    """out, shape ``call.out_shape``, and lse, shape ``call.lse_shape``."""
+def attention(
+    call: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, keep: bool = False
+) -> tuple[Any, Any, Any | None]:
+    """out, shape ``call.out_shape``; softmax; and, to ``keep`` for a backward pass, out unrounded if it was rounded."""
     out = _new(call, call.out_shape, query)
-    lse = arrays.empty(call.lse_shape, query, call.lse_dtype)
+    softmax = arrays.empty(call.softmax_shape, query, call.lse_dtype)
+    rounded = call.query.dtype not in ("float32", "float64")
+    unrounded = _new(call, call.out_shape, query, call.lse_dtype) if keep and rounded else None
     if 0 not in call.lse_shape:
-        _backend(call.options.backend).attention_forward(call, query, key, value, mask, out, lse)
-    return out, lse
+        written = out if unrounded is None else unrounded
+        _backend(call.options.backend).attention_forward(call, query, key, value, mask, written, softmax)
+        if unrounded is not None:
+            arrays.assign(out, unrounded)
+    return out, softmax, unrounded
 
 
 def attention_backward(
@@ -35,14 +47,12 @@ def attention_backward(
     value: Any,
     mask: Any | None,
     out: Any,
-    lse: Any,
+    softmax: Any,
     grad_lse: Any | None,
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Any | None, ...]:
-    """The gradients of query, key, value and mask that are needed."""
-    plan_attention.attention_backward(
-        call, *map(arrays.describe, (grad_out, out, lse)), None if grad_lse is None else arrays.describe(grad_lse)
-    )
+    """The gradients of query, key, value and mask that are needed; out is best not rounded."""
+    check_backward(call, grad_out, out, softmax[..., 0], grad_lse)
     given = {"query": query, "key": key, "value": value, "mask": mask}
     wanted = {
         f"d{name}": _new(call, tuple(array.shape), array)
@@ -53,14 +63,20 @@ def attention_backward(
         for gradient in wanted.values():
             gradient[...] = 0
     elif wanted:
-        given |= {"grad_out": grad_out, "out": out, "lse": lse, "grad_lse": grad_lse}
+        given |= {"grad_out": grad_out, "out": out, "softmax": softmax, "grad_lse": grad_lse}
         _backend(call.options.backend).attention_backward(call, given, wanted)
     return tuple(wanted.get(f"d{name}") for name in ("query", "key", "value", "mask"))
 
 
-def _new(call: AttentionPlan, shape: Shape, like: Any) -> Any:
+def check_backward(call: AttentionPlan, grad_out: Any, out: Any, lse: Any, grad_lse: Any | None) -> None:
+    """Raise what `plan_attention.attention_backward` has to say."""
+    specs = [None if array is None else arrays.describe(array) for array in (grad_out, out, lse, grad_lse)]
+    plan_attention.attention_backward(call.without_segments, *specs)
+
+
+def _new(call: AttentionPlan, shape: Shape, like: Any, dtype: str | None = None) -> Any:
     """A new array; if packed, in memory heads come after lengths."""
     if not call.packed:
-        return arrays.empty(shape, like)
+        return arrays.empty(shape, like, dtype)
     heads, length, channels = shape
-    return arrays.empty((length, heads, channels), like).swapaxes(0, 1)
+    return arrays.empty((length, heads, channels), like, dtype).swapaxes(0, 1)

@@ -8,10 +8,10 @@ Errors are relative to the size of the terms that a result is the sum of, elemen
     dquery, dkey   sum of |ds * F'(x) * scale| where query and key differ
     dvalue[j, c]   sum_i p[i, j] * |grad[i, c]|
 
-For 16-bit and float32 arrays, the error may be 2 times (out and lse) or 3 times (gradients) that of the naive formula,
-which takes the same arrays, makes every matrix in float32, and rounds its results to their dtype. Its backward pass
-takes out and lse as they were rounded, for they are saved in their dtypes. Added are `testing.ROUNDINGS` of float32,
-as the error of a small sum may well be 0.
+For 16-bit and float32 arrays, the error may be 2 times (out and lse) or 3 times (gradients) that of the naive formula:
+scores by broadcasting, `torch.softmax`, a matrix product, and autograd, in float32, from the same arrays; its results
+are rounded to their dtype at the end. Added are `testing.ROUNDINGS` of float32, as the error of a small sum may be 0.
+The same holds for the largest error of all, not relative to anything, with these roundings of the largest result.
 
 In float64 the naive formula is itself the yardstick, so the bound is the worst case of both sides, with u = eps / 2::
 
@@ -25,29 +25,51 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from . import attention as api
 from . import reference, testing
 from .testing import Agreement, as_tensor
 
 FORWARD_MULTIPLE = 2
 BACKWARD_MULTIPLE = 3
 
-_Exact = tuple[torch.Tensor, torch.Tensor, float]  # what is exact, the size of its terms, and the bound
+
+class _Exact(NamedTuple):
+    """What is exact, the size of its terms, the bound relative to that, and the bound of the largest error."""
+
+    result: torch.Tensor
+    size: torch.Tensor
+    bound: float
+    largest: float = math.inf
+
+    def agreement(self, result: Any, dtype: torch.dtype) -> Agreement:
+        """The error relative to the size, raised where the largest error is nearer its bound."""
+        error = testing._error("result", result, self.result, self.size, dtype)
+        if not math.isinf(self.largest):
+            largest = _largest_error(as_tensor(result), self.result)
+            error = max(error, self.bound * largest / self.largest if self.largest else largest)
+        return Agreement(error, self.bound)
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call; the mask may be None."""
+    """The arrays of a call; the mask may be None, and the gradient of lse."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     mask: torch.Tensor | None
     grad_out: torch.Tensor
-    grad_lse: torch.Tensor
+    grad_lse: torch.Tensor | None
+
+    def to(self, device: str) -> Inputs:
+        """The same arrays on another device."""
+        mask, grad_lse = (None if x is None else x.to(device) for x in (self.mask, self.grad_lse))
+        query, key, value, grad_out = (x.to(device) for x in (self.query, self.key, self.value, self.grad_out))
+        return Inputs(query, key, value, mask, grad_out, grad_lse)
 
 
 def inputs(
@@ -82,6 +104,16 @@ def inputs(
         added = numbers > -0.5 if mask[0] == "bool" else numbers.to(query.dtype)
     value, grad_out = (normal(*shape, channels_v).to(query.dtype) for shape in (key_shape[:-1], rows))
     return Inputs(query, key, value, added, grad_out, normal(*rows).to(_accumulation(query.dtype)))
+
+
+def run(given: Inputs, **call: Any) -> list[torch.Tensor]:
+    """out, lse, and the gradients of query, key, value and a mask that is added, by autograd."""
+    leaves = [None if x is None else x.detach() for x in given[:4]]
+    tracked = [x.requires_grad_() for x in leaves if x is not None and x.dtype is not torch.bool]
+    query, key, value, mask = leaves
+    out, lse = api.l1_attention(query, key, value, mask, return_lse=True, **call)
+    grad_lse = torch.zeros_like(lse) if given.grad_lse is None else given.grad_lse
+    return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], tracked, [given.grad_out, grad_lse])]
 
 
 class _Gradients(NamedTuple):
@@ -132,17 +164,11 @@ class ExpectedAttention:
         """How far ``out`` and ``lse`` are from what they should be."""
         dtypes = self.dtype, _accumulation(self.dtype)
         given = [out] if lse is None else [out, lse]
-        return [
-            Agreement(testing._error("result", result, exact, size, dtype), bound)
-            for result, dtype, (exact, size, bound) in zip(given, dtypes, self._results, strict=False)
-        ]
+        return [e.agreement(x, dtype) for x, dtype, e in zip(given, dtypes, self._results, strict=False)]
 
     def gradients(self, *gradients: Any) -> list[Agreement]:
         """How far the gradients of query, key, value and, if given, of the mask are from what they should be."""
-        return [
-            Agreement(testing._error("gradient", result, exact, size, self.dtype), bound)
-            for result, (exact, size, bound) in zip(gradients, self._gradients, strict=False)
-        ]
+        return [e.agreement(x, self.dtype) for x, e in zip(gradients, self._gradients, strict=False)]
 
     @functools.cached_property
     @testing.one_thread()
@@ -154,22 +180,53 @@ class ExpectedAttention:
         terms = weights @ self._shared(self.value).double().abs()
         sizes = terms.clamp(min=torch.finfo(self.dtype).tiny), 1 + largest.expand_as(exact[1])
         if self.dtype == torch.float64:
-            return [(exact[n], sizes[n], self._bound64()) for n in (0, 1)]
-        naive = [self._naive(order) for order in self._orders]
-        errors = [[testing._relative(pair[n], exact[n], sizes[n]) for pair in naive] for n in (0, 1)]
-        return [(exact[n], sizes[n], _bound(FORWARD_MULTIPLE, errors[n])) for n in (0, 1)]
+            return [_Exact(exact[n], sizes[n], self._bound64()) for n in (0, 1)]
+        with torch.no_grad():
+            out, lse = self._naive(*self._leaves(torch.float32))
+        return [self._judged(FORWARD_MULTIPLE, *x) for x in zip(exact, sizes, (out.to(self.dtype), lse), strict=True)]
 
     @functools.cached_property
     @testing.one_thread()
     def _gradients(self) -> list[_Exact]:
-        exact, sizes = self._autograd(), self._sizes()
+        exact, sizes = self._autograd(self._of_reference, torch.float64), self._sizes()
         if self.dtype == torch.float64:
             bounds = [self._bound64(terms=self._terms(array)) for array in exact]
-        else:
-            naive = [self._naive_gradients(order) for order in self._orders]
-            errors = [[testing._relative(found[n], exact[n], sizes[n]) for found in naive] for n in range(len(exact))]
-            bounds = [_bound(BACKWARD_MULTIPLE, error) for error in errors]
-        return list(zip(exact, sizes, bounds, strict=False))
+            return [_Exact(*x) for x in zip(exact, sizes, bounds, strict=False)]
+        naive = [gradient.to(self.dtype) for gradient in self._autograd(self._naive, torch.float32)]
+        return [self._judged(BACKWARD_MULTIPLE, *x) for x in zip(exact, sizes, naive, strict=False)]
+
+    def _judged(self, multiple: int, exact: torch.Tensor, size: torch.Tensor, naive: torch.Tensor) -> _Exact:
+        """With the bound that the error of the naive formula gives."""
+        error = testing._relative(naive, exact, size)
+        if not math.isfinite(error):
+            raise ValueError("the naive formula in float32 overflows here: choose other numbers")
+        roundings = testing.ROUNDINGS * torch.finfo(torch.float32).eps / 2
+        largest = multiple * _largest_error(naive, exact) + roundings * _largest_error(torch.zeros_like(naive), exact)
+        return _Exact(exact, size, multiple * error + roundings, largest)
+
+    def _leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Query, key, value and a mask that is added, in ``dtype``."""
+        given = (self.query, self.key, self.value, self.mask)
+        return [x.to(dtype) for x in given if x is not None and x.dtype is not torch.bool]
+
+    def _naive(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse by the naive formula in the dtype of its arguments; NaN of rows without a key becomes 0."""
+        scores = reference.l1_scores(query, self._shared(key), dtype=query.dtype, **self.options)
+        added = self._added(query.dtype)
+        if mask is not None:
+            added = torch.where(added == -torch.inf, added, mask)
+        scores = torch.where(added == -torch.inf, added, scores + added)
+        none = (scores == -torch.inf).all(-1, keepdim=True)
+        scores = scores.masked_fill(none, 0)
+        out = torch.softmax(scores, -1).masked_fill(none, 0) @ self._shared(value)
+        lse = torch.logsumexp(scores, -1).masked_fill(none.squeeze(-1), -torch.inf)
+        return out, lse.expand(out.shape[:-1])
+
+    def _of_reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor) -> Any:
+        added = mask[0] if mask else self.mask
+        return self._attention(query, self._shared(key), self._shared(value), added, query.dtype)
 
     def _shared(self, array: torch.Tensor) -> torch.Tensor:
         """Key or value with a head for each head of query."""
@@ -203,36 +260,13 @@ class ExpectedAttention:
         added = self._added(dtype)
         return torch.where(added == -torch.inf, -torch.inf, scores + added)
 
-    @functools.cached_property
-    def _orders(self) -> list[testing._Order]:
-        sizes = (self.query.shape[-2], self.key.shape[-2], self.query.shape[-1])
-        generator = torch.Generator().manual_seed(0)
-        given = testing._Order(*(torch.arange(n) for n in sizes))
-        shuffled = (
-            testing._Order(*(torch.randperm(n, generator=generator) for n in sizes)) for _ in range(testing.ORDERS - 1)
-        )
-        return [given, *shuffled]
-
-    def _naive(self, order: testing._Order) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse in float32, summed in the order given."""
-        key, value = order.key(self._shared(self.key)), self._shared(self.value)[..., order.rows_k, :]
-        added = order.scores(self._added(torch.float32))
-        out, lse = reference.l1_attention(
-            order.query(self.query), key, value, added, dtype=torch.float32, **self.options
-        )
-        back = order.rows_q.argsort()
-        return out[..., back, :].to(self.dtype), lse[..., back]
-
-    def _autograd(self) -> list[torch.Tensor]:
-        leaves = [x.double().requires_grad_() for x in (self.query, self.key, self.value)]
-        mask = self.mask
-        if mask is not None and mask.dtype is not torch.bool:
-            leaves.append(mask.double().requires_grad_())
-            mask = leaves[-1]
-        out, lse = self._attention(leaves[0], self._shared(leaves[1]), self._shared(leaves[2]), mask, torch.float64)
-        loss = (out * self._grad_out.double()).sum()
+    def _autograd(self, attention: Callable[..., Any], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Gradients of all that is differentiable, by autograd in ``dtype``."""
+        leaves = [x.requires_grad_() for x in self._leaves(dtype)]
+        out, lse = attention(*leaves)
+        loss = (out * self._grad_out.to(dtype)).sum()
         if self.grad_lse is not None:
-            loss = loss + (lse.masked_fill(lse == -torch.inf, 0) * self.grad_lse.double()).sum()
+            loss = loss + (lse.masked_fill(lse == -torch.inf, 0) * self.grad_lse.to(dtype)).sum()
         return list(torch.autograd.grad(loss, leaves))
 
     @property
@@ -274,26 +308,6 @@ class ExpectedAttention:
             gradient = gradient.unflatten(-3, (-1, self.group)).sum(-3)
         return gradient.sum_to_size(like.shape)
 
-    def _naive_gradients(self, order: testing._Order) -> _Gradients:
-        """Gradients in float32, summed in the order given, from the rounded out and lse."""
-        query, key = order.query(self.query).float(), order.key(self._shared(self.key)).float()
-        value = self._shared(self.value)[..., order.rows_k, :].float()
-        grad = self._grad_out[..., order.rows_q, :].float()
-        out, lse = self._naive(order)
-        out, lse = out[..., order.rows_q, :].float(), lse[..., order.rows_q]
-        scores = reference.l1_scores(query, key, dtype=torch.float32, **self.options)
-        masked = scores + order.scores(self._added(torch.float32))
-        weights = _weights(masked, lse)
-        delta = (grad * out).sum(-1)
-        delta = delta if self.grad_lse is None else delta - self.grad_lse[..., order.rows_q].float()
-        ds = weights * (grad @ value.mT - delta.unsqueeze(-1))
-        signs = testing._signs(query, key)
-        ds, h = order.undo_scores(ds), ds * self._slope(scores)
-        found = self._summed(ds, h, signs, weights, grad)
-        back = order.rows_k.argsort()
-        results = order.undo_query(found.query), -order.undo_key(found.key), found.value[..., back, :], found.mask
-        return _Gradients(*(x.to(self.dtype) for x in results))
-
     def _slope(self, scores: torch.Tensor) -> torch.Tensor:
         """dscore/ddistance, ``F'(x) * scale``."""
         derivative = reference.DERIVATIVES[self.options.get("score", "inverse")]
@@ -323,12 +337,11 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _largest_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    difference = (result.double() - exact).abs()
+    difference = difference[difference.isfinite()]  # NaN and infinity are compared elsewhere
+    return difference.max().item() if difference.numel() else 0.0
+
+
 def _weights(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
-
-
-def _bound(multiple: int, naive: Sequence[float]) -> float:
-    """The bound from the errors of the naive formula."""
-    if not math.isfinite(max(naive)):
-        raise ValueError("the naive formula in float32 overflows here: choose other numbers")
-    return multiple * max(naive) + testing.ROUNDINGS * torch.finfo(torch.float32).eps / 2

@@ -141,15 +141,11 @@ def _compare_attention(
     for query_shape, key_shape, channels_v, masks, places in SMALL if backend.name == "emulator" else ATTENTION:
         given = testing_attention.inputs(query_shape, key_shape, channels_v, dtype, ties=ties, **masks)
         options = {"score": score, "scale": query_shape[-1] ** -0.5, **places}
-        leaves = [None if x is None else x.to(backend.device) for x in given[:4]]
-        tracked = [x.requires_grad_() for x in leaves if x is not None and x.is_floating_point()]
-        call: Callable[..., tuple[torch.Tensor, torch.Tensor]] = l1.l1_attention
-        out, lse = call(*leaves, backend=backend.name, return_lse=True, **options)
-        grads = [x.to(backend.device) for x in (given.grad_out, given.grad_lse)]
-        gradients = torch.autograd.grad([out, lse], tracked, grads)
+        results = testing_attention.run(given.to(backend.device), backend=backend.name, **options)
+        out, lse, *gradients = (x.cpu() for x in results)
         expected = testing_attention.ExpectedAttention(*given, **options)
-        forward += expected.results(out.cpu(), lse.cpu())
-        backward += expected.gradients(*(gradient.cpu() for gradient in gradients))
+        forward += expected.results(out, lse)
+        backward += expected.gradients(*gradients)
     return max(forward, key=_closeness), max(backward, key=_closeness)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import attention_cases
 import numpy as np
 import pytest
 import torch
 from cases import BROADCAST, DTYPES, LENGTHS, NUMPY_LAYOUTS, SCORES, TORCH_LAYOUTS, assert_identical, options, to_numpy
 
 import l1attn_cupy as l1
-from l1attn_cupy import reference, testing_attention
+from l1attn_cupy import plan, plan_attention, reference, testing_attention
 from l1attn_cupy.cpu import attention_backend, threads, vector_attention
 from l1attn_cupy.cpu.jit import kernel
 from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
@@ -18,14 +19,9 @@ from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
 
 def check(given: Inputs, **call) -> None:
     """Results and all gradients of one call are within their bounds."""
-    query, key, value, mask, grad_out, grad_lse = given
-    out, lse = l1.l1_attention(query, key, value, mask, return_lse=True, **call)
+    out, lse, *gradients = testing_attention.run(given, **call)
     expected = ExpectedAttention(*given, **call)
     expected.assert_results(out, lse)
-    added = mask is not None and mask.dtype is not torch.bool
-    gradients = l1.l1_attention_backward(
-        grad_out, query, key, value, out, lse, mask, grad_lse=grad_lse, return_dmask=added, **call
-    )
     expected.assert_gradients(*gradients)
 
 
@@ -232,6 +228,35 @@ def test_attention_nan_and_infinity(where, score):
     ExpectedAttention(*given[:3], score=score, scale=0.2).assert_results(out, lse)
 
 
+@pytest.mark.parametrize("name, dtype", attention_cases.CASES)
+def test_attention_hard(name, dtype):
+    """Where a rounded log-sum-exp or a rounded out would leave little of the gradients."""
+    attention_cases.check_hard(testing_attention.run, name, dtype)
+
+
+def test_attention_nan_in_a_value_of_no_weight():
+    attention_cases.check_nan_in_a_value_of_no_weight(testing_attention.run)
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(17, 70), torch.ones(70, dtype=torch.bool)], ids=str)
+def test_attention_infinite_query(mask):
+    attention_cases.check_infinite_query(testing_attention.run, mask)
+
+
+def test_attention_infinite_key():
+    attention_cases.check_infinite_key(testing_attention.run)
+
+
+def test_attention_infinite_query_and_keys_in_parts():
+    """NaN only if the keys of all parts are infinitely far away."""
+    query, key, value = torch.zeros(2, 1, 3), torch.zeros(2, 4097, 3), torch.randn(2, 4097, 5)
+    key[0], key[1, 1024:] = torch.inf, torch.inf
+    out, lse = l1.l1_attention(query, key, value, score="negative", return_lse=True)
+    assert out[0].isnan().all()
+    assert lse[0].isnan().all()
+    torch.testing.assert_close(out[1, 0], value[1, :1024].mean(0))
+
+
 @pytest.mark.parametrize("layout", NUMPY_LAYOUTS)
 def test_attention_numpy_layouts(layout):
     given = testing_attention.inputs((2, 33, 17), (2, 31, 17), 5, "float32", mask=("added", (2, 33, 31)))
@@ -274,6 +299,59 @@ def test_attention_expanded_mask(mask):
     check(given._replace(mask=expanded))
 
 
+@pytest.fixture
+def one_pass(monkeypatch):
+    """All gradients from one pass, with dquery summed in three parts, though there is little to do."""
+    monkeypatch.setattr(attention_backend, "_summed_in", lambda plan, wanted: 3)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_gradients_in_one_pass(one_pass, dtype, place):
+    """More blocks of keys than parts, and fewer; with ties."""
+    for length_k, number in ((517, 3), (70, 1)):
+        mask = ("added", (33, length_k)) if number == 3 else ("bool", (length_k,))
+        given = testing_attention.inputs((2, 33, 17), (2, length_k, 17), 5, dtype, mask=mask, ties=number == 1)
+        check(given, scale=0.3, eps=0.02, **PLACES[place])
+
+
+def test_attention_gradients_in_one_pass_of_two(one_pass):
+    """Value may need no gradient."""
+    given = testing_attention.inputs((2, 33, 17), (2, 70, 17), 5, "float64")
+    leaves = [given.query.requires_grad_(), given.key.requires_grad_()]
+    gradients = torch.autograd.grad(l1.l1_attention(*leaves, given.value), leaves, given.grad_out)
+    expected = ExpectedAttention(*given[:3], grad_out=given.grad_out)
+    expected.assert_gradients(*gradients)
+
+
+def test_attention_gradients_in_one_pass_not_finite(one_pass):
+    attention_cases.check_nan_in_a_value_of_no_weight(testing_attention.run)
+    attention_cases.check_infinite_query(testing_attention.run)
+    attention_cases.check_infinite_key(testing_attention.run)
+
+
+@pytest.mark.parametrize(
+    "query_shape, key_shape, wanted, parts",
+    [
+        ((8, 1024, 64), (8, 1024, 64), "query key value", 8),
+        ((2, 16, 200, 64), (2, 16, 200, 64), "query key", 2),
+        ((64, 100, 64), (64, 100, 64), "query key", 1),
+        ((8, 1024, 64), (8, 1024, 64), "query value", 0),
+        ((4, 1024, 64), (4, 1024, 64), "query key value", 0),
+        ((8, 1024, 64), (8, 800, 64), "query key value", 0),
+        ((8, 1024, 64), (1024, 64), "query key value", 0),
+        ((64, 65536, 64), (64, 65536, 64), "query key value", 0),
+    ],
+)
+def test_attention_gradients_in_one_pass_where_it_pays(query_shape, key_shape, wanted, parts):
+    """Enough tasks without many parts, nothing broadcast, and little memory; whatever the number of threads."""
+    like = plan.ArraySpec("torch", (1, 1), (1, 1), "float32", "cpu")
+    query, key = (plan.contiguous(like, shape) for shape in (query_shape, key_shape))
+    options = plan_attention.option_types(False, False, None, "inverse", 1.0, 1e-3, None, None)
+    call = plan_attention.attention([query, key, key, None], options)
+    assert attention_backend._summed_in(call, {f"d{name}" for name in wanted.split()}) == parts
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_attention_same_bits_for_any_number_of_threads(n):
     """Also where the keys are split, and where only some tiles are computed."""
@@ -287,6 +365,7 @@ def test_attention_same_bits_for_any_number_of_threads(n):
                 (((2, 300, 64), (2, 500, 64)), {}),
                 (((300, 64), (500, 64)), {"is_causal": True}),
                 (((1, 64), (9000, 64)), {}),
+                (((32, 100, 5), (32, 200, 5)), {"is_causal": True}),
             ):
                 given = testing_attention.inputs(*shapes, 64, "float32", mask=("added", (shapes[1][-2],)))
                 out, lse = l1.l1_attention(*given[:4], return_lse=True, **call)
@@ -333,7 +412,7 @@ def test_attention_skips_what_is_ruled_out():
 @pytest.mark.parametrize("runs", [1, 2, 3, 8, 64])
 def test_attention_runs_share_causal_work_evenly(runs):
     """Static shares: the largest is at most 6 % above the mean at length 4096 (one thread has several runs)."""
-    side = attention_backend._Side(((0, 4096, 0, 4096),), 0, 1 << 40)
+    side = attention_backend._Side(np.array([[0, 4096, 0, 4096]]), 0, 1 << 40)
     table = attention_backend._work(side, 64, 1)
     cost = table[:, 1] * (table[:, 3] - table[:, 2])
     shares = [0] * runs
@@ -353,9 +432,9 @@ def _exp_of(tile, rows, largest, total, factors):
 def test_attention_exp_error(dtype, lowest):
     """The vector exp against a wider one, over a million numbers of the range that softmax has."""
     width = vector_attention.panel_width(np.dtype(dtype).itemsize)
-    x = np.linspace(lowest, 0, 1 << 20).astype(dtype)[: (1 << 20) // width * width]
-    x = np.concatenate([x, np.array([0.0, -0.0, -1e-10, lowest * 2, -np.inf, -1e-30, -5, -1], dtype)])
+    x = np.concatenate([[0.0, -0.0, -1e-10, lowest * 2, -np.inf, -1e-30, -5, -1], np.linspace(lowest, 0, 1 << 20)])
     rows = x.size // width
+    x = x[: rows * width].astype(dtype)
     tile = np.zeros((rows + vector_attention._GROUP, width), dtype)  # a group may pass the last row
     tile[:rows] = x.reshape(rows, width)
     largest, total, factors = (np.full(width, number, dtype) for number in (0, 0, 1))
@@ -367,6 +446,40 @@ def test_attention_exp_error(dtype, lowest):
     assert (result[~normal] <= np.finfo(dtype).tiny).all()
     assert (result[x == -np.inf] == 0).all()
     assert (factors == 1).all()
+
+
+def test_attention_varlen_new_lengths_need_no_new_plan():
+    """The checks of arrays and options are kept, and nothing of the lengths is, which are others in every call."""
+    x = torch.randn(300, 2, 5)
+    lengths = [torch.tensor([0, n, 2 * n, 300]) for n in range(1, 100)]
+    l1.l1_attention_varlen(x, x, x, lengths[0], lengths[0])
+    before = plan_attention._attention.cache_info()
+    for ends in lengths[1:]:
+        l1.l1_attention_varlen(x, x, x, ends, ends)
+    after = plan_attention._attention.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 98)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("band", [(-(1 << 40), 1 << 40), (0, 1 << 40), (-3, 40)])
+def test_attention_work_covers_every_pair_once(band, parts):
+    """Of each sequence, also those without queries or keys."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 200, (2, 20)) * (rng.random((2, 20)) > 0.2)
+    (q, end_q), (k, end_k) = ((np.cumsum(n) - n, np.cumsum(n)) for n in lengths)
+    table = attention_backend._work(attention_backend._Side(np.stack([q, end_q, k, end_k], -1), *band), 48, parts)
+    for start, rows, first, last, offset, _ in table:
+        (own,) = ((q <= start) & (start + rows <= end_q)).nonzero()[0]
+        assert offset == k[own] - q[own]
+        assert first == last or k[own] <= first < last <= end_k[own]
+    counted = np.zeros((end_q[-1], end_k[-1]), int)
+    for start, rows, first, last, *_ in table:
+        counted[start : start + rows, first:last] += 1
+    assert counted.max() == 1
+    for n in range(20):
+        i, j = np.ogrid[: lengths[0, n], : lengths[1, n]]
+        wanted = (i - j >= band[0]) & (i - j <= band[1])
+        assert (counted[q[n] : end_q[n], k[n] : end_k[n]][wanted] == 1).all()
 
 
 def test_attention_small_call_has_one_thread():

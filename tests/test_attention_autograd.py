@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
-from cases import SCORES, assert_identical
+from cases import SCORES, assert_identical, to_numpy
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import l1attn_cupy as l1
-from l1attn_cupy import testing_attention
+from l1attn_cupy import reference, testing_attention
 from l1attn_cupy.cpu import attention_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch itself
@@ -51,16 +52,23 @@ def test_attention_gradcheck_varlen():
     assert torch.autograd.gradcheck(call, inputs, eps=1e-6)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attention_autograd_is_the_backward_function(dtype):
-    """``backward()`` gives the bits of `l1_attention_backward`."""
-    inputs, grad, grad_lse = leaves((2, 33, 17), (2, 31, 17), dtype=dtype, mask=("added", (31,)))
-    out, lse = l1.l1_attention(*inputs, return_lse=True)
-    torch.autograd.backward([out, lse], [grad, grad_lse])
-    expected = l1.l1_attention_backward(grad, *inputs[:3], out, lse, inputs[3], grad_lse=grad_lse, return_dmask=True)
-    for leaf, gradient in zip(inputs, expected, strict=True):
-        assert_identical(leaf.grad, gradient)
-        assert not gradient.requires_grad
+@pytest.mark.parametrize("saved", ["as returned", "unrounded"])
+def test_attention_backward_function(saved, dtype, library):
+    """As accurate as ``backward()``, but for what the rounding of out and of lse makes of the gradients."""
+    given = testing_attention.inputs((2, 33, 17), (2, 31, 17), 3, dtype, mask=("added", (31,)))
+    call = {"score": "negative", "scale": 0.3}
+    out, lse = l1.l1_attention(*given[:4], return_lse=True, **call)
+    rounding = torch.finfo(out.dtype).eps + lse.abs().max().item() * torch.finfo(lse.dtype).eps
+    if saved == "unrounded":
+        out, lse = reference.l1_attention(*given[:4], **call)
+        out, rounding = out.float(), 0
+    arguments = [given.grad_out, *given[:3], out, lse, given.mask, given.grad_lse]
+    *arguments, grad_lse = map(to_numpy, arguments) if library == "numpy" else arguments
+    gradients = l1.l1_attention_backward(*arguments, grad_lse=grad_lse, return_dmask=True, **call)
+    for agreement in testing_attention.ExpectedAttention(*given, **call).gradients(*gradients):
+        assert agreement.error <= agreement.bound + rounding
 
 
 @pytest.mark.parametrize("used", ["out", "lse"])
@@ -68,16 +76,9 @@ def test_attention_autograd_one_result_used(used):
     """The gradient of the other is not there, and counts as zero."""
     inputs, _, _ = leaves((2, 33, 17), (2, 31, 17))
     results = dict(zip(("out", "lse"), l1.l1_attention(*inputs[:3], return_lse=True), strict=True))
-    gradients = torch.autograd.grad(results[used].sum(), inputs[:3], allow_unused=True)
-    other = next(x for name, x in results.items() if name != used)
-    grads = {used: torch.ones_like(results[used])}
-    expected = l1.l1_attention_backward(
-        grads.get("out", torch.zeros(2, 33, 3, dtype=torch.float64)),
-        *inputs[:3],
-        *(x.detach() for x in results.values()),
-        grad_lse=grads.get("lse"),
-    )
-    assert other.requires_grad
+    grads = [torch.ones_like(x) if name == used else torch.zeros_like(x) for name, x in results.items()]
+    expected = torch.autograd.grad([*results.values()], inputs[:3], grads, retain_graph=True)
+    gradients = torch.autograd.grad(results[used].sum(), inputs[:3])
     for a, b in zip(gradients, expected, strict=True):
         assert_identical(a, b)
 
@@ -161,8 +162,11 @@ def test_attention_ops_opcheck(mask, dtype):
     given = testing_attention.inputs((2, 4, 5, 4), (2, 2, 7, 4), 3, dtype, mask=mask, enable_gqa=True)
     options = (True, 3, 0, "inverse", 0.5, 0.01, None, None)
     inputs = (*given[:4], None, None)
-    opcheck(torch.ops.l1attn.attention.default, (*inputs, *options))
-    results = torch.ops.l1attn.attention(*inputs, *options)
+    for keep in (False, True):
+        opcheck(torch.ops.l1attn.attention.default, (*inputs, keep, *options))
+    out, softmax, unrounded = torch.ops.l1attn.attention(*inputs, True, *options)
+    assert (unrounded.numel() > 0) == (dtype == "bfloat16")
+    results = (unrounded if dtype == "bfloat16" else out), softmax
     added = mask is not None and mask[0] == "added"
     for need, grad_lse in (((True, True, True, added), given.grad_lse), ((False, True, False, False), None)):
         arguments = (given.grad_out, *inputs, *results, grad_lse, *need, *options)
@@ -175,9 +179,9 @@ def test_attention_ops_opcheck_packed():
     ends = torch.tensor([0, 2, 5]), torch.tensor([0, 4, 7])
     options = (False, -1, -1, "inverse", 0.5, 0.01, None, None)
     inputs = (query, key, value, None, *ends)
-    opcheck(torch.ops.l1attn.attention.default, (*inputs, *options))
-    out, lse = torch.ops.l1attn.attention(*inputs, *options)
-    arguments = (torch.randn(2, 5, 3), *inputs, out, lse, None, True, True, True, False, *options)
+    opcheck(torch.ops.l1attn.attention.default, (*inputs, True, *options))
+    out, softmax, _ = torch.ops.l1attn.attention(*inputs, True, *options)
+    arguments = (torch.randn(2, 5, 3), *inputs, out, softmax, None, True, True, True, False, *options)
     opcheck(torch.ops.l1attn.attention_backward.default, arguments)
 
 
@@ -224,6 +228,30 @@ def test_attention_compile_varlen():
         ends = torch.tensor(lengths)
         grads = [torch.autograd.grad(function(query, ends).pow(2).sum(), query)[0] for function in (compiled, call)]
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("ends", [[0, 4, 9], (0, 4, 9), np.array([0, 4, 9])], ids=lambda ends: type(ends).__name__)
+def test_attention_compile_varlen_of_constants(ends):
+    """Lengths that are no tensor become part of the graph."""
+    query = torch.randn(9, 2, 4, requires_grad=True)
+
+    def call(x):
+        return l1.l1_attention_varlen(x, x, x, ends, ends)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(function(query).pow(2).sum(), query)[0] for function in (compiled, call)]
+    torch.testing.assert_close(*grads)
+
+
+def test_attention_compile_varlen_wrong_lengths():
+    x = torch.randn(9, 2, 4)
+    compiled = torch.compile(
+        lambda ends: l1.l1_attention_varlen(x, x, x, ends, ends), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the 9 rows of query"):
+        compiled([0, 8])
+    with pytest.raises(TypeError, match="cu_seqlens_q must be one-dimensional and of integers"):
+        compiled([0, 4.5, 9])
 
 
 def test_attention_fake_tensors():

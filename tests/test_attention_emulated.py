@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
+import attention_cases
 import pytest
 import torch
 from cases import BROADCAST, DTYPES, SCORES, TORCH_LAYOUTS, assert_identical, options
@@ -26,12 +28,8 @@ class Machine(NamedTuple):
 
     def run(self, given: Inputs, variant: str | None = None, **call) -> list[torch.Tensor]:
         """out, lse, and the gradients of query, key, value and a mask that is added, on the CPU."""
-        own = {"backend": self.backend, "variant": variant, **call}
-        query, key, value, mask, grad_out, grad_lse = (None if x is None else x.to(self.device) for x in given)
-        out, lse = l1.l1_attention(query, key, value, mask, return_lse=True, **own)
-        own["return_dmask"] = mask is not None and mask.dtype is not torch.bool
-        gradients = l1.l1_attention_backward(grad_out, query, key, value, out, lse, mask, grad_lse=grad_lse, **own)
-        return [result.cpu() for result in (out, lse, *gradients)]
+        results = testing_attention.run(given.to(self.device), backend=self.backend, variant=variant, **call)
+        return [x.cpu() for x in results]
 
     def check(self, given: Inputs, variant: str | None = None, **call) -> None:
         """All results are within their bounds."""
@@ -48,7 +46,7 @@ def machine() -> Machine:
 
 def test_attention_variants_are_for_both_directions():
     """What ``variant=`` takes in the forward pass, the backward pass gets too."""
-    assert {"gather"} <= set(VARIANTS)
+    assert {"gather", "tiled"} <= set(VARIANTS)
     assert set(VARIANTS) == {variant.name for variant in registry.variants("attention_backward")}
 
 
@@ -135,8 +133,25 @@ def test_attention_emulated_rows_without_a_key(machine, variant):
     assert (clean[1][:, [0, 3]] == -torch.inf).all()
     key, value = given.key.clone(), given.value.clone()
     key[:, 2], key[:, 39, 3], value[:, 2], value[:, 39] = torch.nan, torch.inf, torch.nan, -torch.inf
-    for a, b in zip(machine.run(given._replace(key=key, value=value), variant, scale=0.2), clean, strict=True):
-        assert_identical(a, b)
+    out, lse, *gradients = machine.run(given._replace(key=key, value=value), variant, scale=0.2)
+    expected = ExpectedAttention(*given, scale=0.2)
+    expected.assert_results(out, lse)
+    expected.assert_gradients(*gradients)
+
+
+@pytest.mark.parametrize("name, dtype", [x for x in attention_cases.CASES if x[0] != "long"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_emulated_hard(machine, variant, name, dtype):
+    attention_cases.check_hard(functools.partial(machine.run, variant=variant), name, dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_emulated_not_finite(machine, variant):
+    run = functools.partial(machine.run, variant=variant)
+    attention_cases.check_nan_in_a_value_of_no_weight(run)
+    attention_cases.check_infinite_query(run)
+    attention_cases.check_infinite_query(run, torch.zeros(17, 70))
+    attention_cases.check_infinite_key(run)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -175,11 +190,13 @@ def test_attention_emulated_variant_of_the_forward_alone(machine, tmp_path, monk
     for variant in ("mine", "gather"):
         out = l1.l1_attention(*leaves, backend=machine.backend, variant=variant)
         results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    assert_identical(*(out.detach().cpu() for out, *_ in results))
     for a, b in zip(*results, strict=True):
-        assert_identical(a.cpu(), b.cpu())
+        torch.testing.assert_close(a, b)
 
 
 def test_attention_emulated_unknown_variant(machine):
     x = torch.zeros(3, 4, device=machine.device)
-    with pytest.raises(ValueError, match="variant must be None or one of 'gather' for attention_forward, got 'tiled'"):
-        l1.l1_attention(x, x, x, backend=machine.backend, variant="tiled")
+    known = "'gather', 'tiled'"
+    with pytest.raises(ValueError, match=f"variant must be None or one of {known} for attention_forward, got 'flash'"):
+        l1.l1_attention(x, x, x, backend=machine.backend, variant="flash")

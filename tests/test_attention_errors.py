@@ -147,7 +147,7 @@ def test_attention_device_mismatch(name):
     specs = {"query": here, "key": here, "value": here, "attn_mask": here, name: here._replace(device="cuda:0")}
     options = plan_attention.option_types(False, False, None, "inverse", 1.0, 1e-3, None, None)
     with pytest.raises(ValueError, match=rf"{name} must be on query's device \(cpu\), got cuda:0"):
-        plan_attention.attention(*specs.values(), options)
+        plan_attention.attention([*specs.values()], options)
 
 
 def test_attention_libraries_mixed():
@@ -171,8 +171,8 @@ def test_attention_backward_wrong_shape(name, x):
 @pytest.mark.parametrize("name", ["grad_out", "out", "lse", "grad_lse"])
 def test_attention_backward_wrong_dtype(name, x):
     fitting = good(x, grad_lse=x[:, 0])[name]
-    wrong = fitting.astype(np.float64) if isinstance(x, np.ndarray) else fitting.double()
-    with pytest.raises(TypeError, match=rf"{name} must have .*float32.*, got float64"):
+    wrong = fitting.astype(np.float16) if isinstance(x, np.ndarray) else fitting.half()
+    with pytest.raises(TypeError, match=rf"{name} must have .*float32.*, got float16"):
         l1.l1_attention_backward(**good(x, **{name: wrong}))
 
 
@@ -222,6 +222,69 @@ def test_varlen_wrong_dimensions(name, x):
     arguments = {"query": x[:, None], "key": x[:, None], "value": x[:, None], name: x}
     with pytest.raises(ValueError, match=rf"{name} must have 3 dimensions \(total, heads, head_dim\), got \(3, 4\)"):
         l1.l1_attention_varlen(**arguments, cu_seqlens_q=[0, 3], cu_seqlens_k=[0, 3])
+
+
+VARLEN_SHAPES = {
+    "head_dim": ((9, 2, 5), (9, 2, 4), "key must have head_dim 4 to match query (9, 2, 4), got (9, 2, 5)"),
+    "length": ((9, 2, 4), (8, 2, 4), "value must have length 9 to match key (9, 2, 4), got (8, 2, 4)"),
+    "heads": (
+        (9, 3, 4),
+        (9, 2, 4),
+        "key must have heads that broadcast with 2 to match query (9, 2, 4), got (9, 3, 4)",
+    ),
+}
+
+
+@LIBRARIES
+@pytest.mark.parametrize("case", VARLEN_SHAPES)
+def test_varlen_messages_show_the_shapes_that_were_given(case, x):
+    key, value, message = VARLEN_SHAPES[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        l1.l1_attention_varlen(zeros(x, 9, 2, 4), zeros(x, *key), zeros(x, *value), [0, 9], [0, 9])
+
+
+@LIBRARIES
+def test_varlen_shared_heads_messages_show_the_shapes_that_were_given(x):
+    packed = zeros(x, 9, 3, 4), zeros(x, 9, 2, 4), zeros(x, 9, 2, 4)
+    message = "query must have a multiple of the 2 heads of key (9, 2, 4), got (9, 3, 4)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        l1.l1_attention_varlen(*packed, [0, 9], [0, 9], enable_gqa=True)
+
+
+@LIBRARIES
+def test_attention_shared_heads_messages_show_the_shapes_that_were_given(x):
+    query, key = zeros(x, 2, 4, 5, 4), zeros(x, 3, 2, 7, 4)
+    message = "key must have batch dimensions that broadcast with (2,) to match query (2, 4, 5, 4), got (3, 2, 7, 4)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        l1.l1_attention(query, key, key, enable_gqa=True)
+
+
+@LIBRARIES
+def test_attention_shared_heads_of_no_heads(x):
+    """As scaled_dot_product_attention; but no keys cannot be shared by some heads."""
+    none, two = zeros(x, 2, 0, 5, 4), zeros(x, 2, 2, 7, 4)
+    for key in (two, two[:, :0]):
+        assert l1.l1_attention(none, key, key, enable_gqa=True).shape == (2, 0, 5, 4)
+    with pytest.raises(ValueError, match="query must have a multiple of the 0 heads of key"):
+        l1.l1_attention(two, none, none, enable_gqa=True)
+
+
+@LIBRARIES
+def test_attention_flags_of_wrong_type(x):
+    for flag in (1, None, "yes"):
+        with pytest.raises(TypeError, match=f"return_lse must be True or False, got {flag!r}"):
+            l1.l1_attention(x, x, x, return_lse=flag)
+        with pytest.raises(TypeError, match=f"return_lse must be True or False, got {flag!r}"):
+            l1.l1_attention_varlen(x[:, None], x[:, None], x[:, None], [0, 3], [0, 3], return_lse=flag)
+        with pytest.raises(TypeError, match=f"return_dmask must be True or False, got {flag!r}"):
+            l1.l1_attention_backward(**good(x), return_dmask=flag)
+
+
+@LIBRARIES
+def test_attention_scale_none(x):
+    """It means something else in scaled_dot_product_attention than our default."""
+    with pytest.raises(TypeError, match=r"scale must be .*, got NoneType None; .* scale=query.shape\[-1\] \*\* -0.5"):
+        l1.l1_attention(x, x, x, scale=None)
 
 
 def test_window_beyond_any_length_is_no_limit():

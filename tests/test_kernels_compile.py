@@ -146,6 +146,30 @@ def test_scores_backward_scatter_budget(kernel, loop_of):
     assert loop.floating_point_per_term <= 4.5
 
 
+@needs_tools
+@loops("attention_forward", "tiled")
+def test_attention_forward_tiled_budget(kernel, loop_of):
+    """The scores as in scores_forward_tiled, with 4 x 8 of them a thread; products of matrices are other loops."""
+    loop, steps = loop_of(*kernel)
+    assert loop.count("FADD") == loop.floating_point
+    assert loop.count("LDS") == 3 * steps
+    assert loop.floating_point_per_term <= 2.2
+
+
+@needs_tools
+@loops("attention_backward", "tiled")
+def test_attention_backward_tiled_budgets(kernel):
+    """Sums in 2 instructions a term, signs in 3; in 4 where h is uneven."""
+    cubin, _ = machine_code.assemble(machine_code.compile_ptx(*kernel))
+    loops = machine_code.loops(machine_code.disassemble(cubin))
+    signs = [loop for loop in loops if any(".SAT" in instruction.opcode for instruction in loop.instructions)]
+    sums = [loop for loop in loops if loop not in signs]
+    assert [loop.floating_point_per_term <= 2.15 for loop in sums] == [True]
+    even, uneven = sorted(loop.floating_point_per_term for loop in signs)
+    assert even <= 3.3
+    assert uneven <= 4.3
+
+
 # ---- finding the loop ---------------------------------------------------------------------------------------------
 
 NESTED = """

@@ -174,7 +174,7 @@ def test_packaged_variants_fit_every_call():
     for op in registry.OPS:
         for dtype in registry.DTYPES.values():
             for size in (0, 1, 64, 65, 2**20):
-                assert registry.choose(op, dtype, {"q": size, "k": size, "e": size}, None).rank > 0
+                assert registry.choose(op, dtype, {"q": size, "k": size, "e": size, "v": size}, None).rank > 0
 
 
 def test_variants_are_listed():

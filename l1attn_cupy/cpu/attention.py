@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from ..functions import NEGATIVE
 from .elements import load_rows, store_rows
 from .jit import kernel
 from .scores import _address, _blocks, _load_panels
@@ -25,6 +26,11 @@ Y_ROWS = 32
 
 #: Kinds of mask.
 NO_MASK, BOOLEAN, ADDITIVE = range(3)
+
+#: What stands for a score that is -inf by itself, of a key infinitely far away: -inf says that a key is ruled out, and
+#: nothing else. No other score comes to it: a mask of the lowest number there is, its neighbour, swallows what it is
+#: added to.
+_FARTHEST4, _FARTHEST8 = (-float(np.nextafter(np.finfo(t).max, 0)) for t in (np.float32, np.float64))
 
 _WIDTH4, _WIDTH8 = panel_width(4), panel_width(8)
 _ROWS4, _ROWS8 = scatter_rows(4), scatter_rows(8)
@@ -42,6 +48,17 @@ def score_tile(y_panels, y_count, x_panels, panel, channels, tile, score, scale,
     """Scores of ``y_count`` panels of y (the rows of the tile) and one panel of x (its lanes)."""
     for p in range(y_count):
         score_panel(y_panels, p, x_panels, panel, channels, tile, p * tile.shape[1], score, scale, eps)
+    if score == NEGATIVE:
+        _bound(tile[: y_count * tile.shape[1]])
+
+
+@kernel()
+def _bound(tile):
+    """Make -inf the farthest score."""
+    farthest = tile.dtype.type(_FARTHEST4 if tile.itemsize == 4 else _FARTHEST8)
+    flat = tile.ravel()
+    for i in range(flat.size):
+        flat[i] = farthest if flat[i] == -np.inf else flat[i]
 
 
 @kernel()
@@ -72,16 +89,18 @@ def add_mask(source, kind, dtype, mask, x_count, y_count, loaded, tile):
                     tile[j, c] = -np.inf
     elif kind == ADDITIVE:
         load_rows(source, dtype, mask.column, mask.row, y_count, x_count, loaded)
+        farthest = tile.dtype.type(_FARTHEST4 if tile.itemsize == 4 else _FARTHEST8)
         for j in range(y_count):
             for c in range(x_count):
-                tile[j, c] = tile[j, c] + loaded[j, c] if loaded[j, c] != -np.inf else loaded[j, c]
+                total = tile[j, c] + loaded[j, c]
+                tile[j, c] = loaded[j, c] if loaded[j, c] == -np.inf else farthest if total == -np.inf else total
 
 
 @kernel()
 def set_aside(rows, count, special):
     """Move what is infinite or NaN from ``rows`` to ``special``, and return whether there is any.
 
-    A weight of 0 must make nothing of it: a masked value may be anything.
+    Keys that are ruled out must make nothing of it: their values may be anything.
     """
     found = False
     flat = rows[:count].ravel()
@@ -99,8 +118,11 @@ def set_aside(rows, count, special):
 
 
 @kernel()
-def add_weighted(weights, rows, special, has_special, count, factors, out, first, x_count):
-    """``out[first + r] = factors[r] * out[first + r] + sum_j weights[j, r] * rows[j]`` for the lanes r of a panel."""
+def add_weighted(weights, rows, special, scores, has_special, count, factors, out, first, x_count):
+    """``out[first + r] = factors[r] * out[first + r] + sum_j weights[j, r] * rows[j]`` for the lanes r of a panel.
+
+    If ``has_special``, also of ``special``, but where ``scores`` is -inf.
+    """
     group, step = (_ROWS4, _LANES4) if rows.itemsize == 4 else (_ROWS8, _LANES8)
     pairs = rows.shape[1] // (2 * step) * (2 * step)
     for r in range(0, x_count, group):
@@ -111,34 +133,42 @@ def add_weighted(weights, rows, special, has_special, count, factors, out, first
     if has_special:
         for r in range(x_count):
             for j in range(count):
-                if weights[j, r] != 0:
+                if scores[j, r] != -np.inf:
                     for c in range(rows.shape[1]):
                         out[first + r, c] += weights[j, r] * special[j, c] if special[j, c] != 0 else rows.dtype.type(0)
 
 
 @kernel()
-def _finish(acc, largest, total, rows, lse_source, lse_stride):
-    """Divide by the sum of the weights and write lse; rows without a key become 0, and their lse -inf."""
+def _finish(acc, largest, total, rows, whole, softmax, stride):
+    """Divide by the sum of the weights, and write softmax; rows without a key become 0.
+
+    Rows whose keys are all infinitely far away become NaN, unless more keys may come, in another part.
+    """
     one, zero = acc.dtype.type(1), acc.dtype.type(0)
+    farthest = acc.dtype.type(_FARTHEST4 if acc.itemsize == 4 else _FARTHEST8)
     for r in range(rows):
-        poke(lse_source, r * lse_stride, largest[r] + np.log(total[r]))
+        if whole and largest[r] == farthest:
+            largest[r] = total[r] = np.nan
+        poke(softmax, r * stride, largest[r])
+        poke(softmax, r * stride + 1, total[r])
         factor = zero if total[r] == 0 else one / total[r]
         for c in range(acc.shape[1]):
             acc[r, c] *= factor
 
 
-def _forward(q, k, v, mask, out, lse, dtypes, batch, sizes, work, blocks, band, score, scalars):
-    """out and lse of every batch entry.
+def _forward(q, k, v, mask, out, softmax, dtypes, batch, sizes, work, blocks, band, score, scalars):
+    """out and softmax of every batch entry.
 
-    ``dtypes`` is (code and itemsize of the arrays, of out, and of lse, kind of mask). ``sizes`` is (batches, E, Ev),
-    ``blocks`` is (most queries in a task, stride of out and of lse between parts of the keys, runs). A line of ``work``
+    ``dtypes`` is (code and itemsize of the arrays and of out, itemsize of softmax, kind of mask). ``sizes`` is
+    (batches, E, Ev), ``blocks`` is (most queries in a task, stride of out and of softmax between parts of the keys or 0
+    if there is one part, runs). A line of ``work``
     is (first query, queries, first key, end of the keys, what to add to query - key to get the difference of their
     places in their sequences, part); ``band`` has the least and the largest such difference that is not ruled out;
     ``scalars`` is (scale, eps).
     """
-    dtype, itemsize, out_dtype, out_itemsize, lse_itemsize, kind = dtypes
+    dtype, itemsize, out_dtype, out_itemsize, softmax_itemsize, kind = dtypes
     batches, channels, channels_v = sizes
-    q_block, out_part, lse_part, runs = blocks
+    q_block, out_part, softmax_part, runs = blocks
     tasks = work.shape[0] * batches
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded, padded_v = _blocks(channels, width) * width, _blocks(channels_v, width) * width
@@ -149,6 +179,7 @@ def _forward(q, k, v, mask, out, lse, dtypes, batch, sizes, work, blocks, band, 
         k_panels = np.empty((Y_ROWS // width, padded, width), scalars.dtype)
         values, special = np.empty((Y_ROWS, padded_v), scalars.dtype), np.empty((Y_ROWS, padded_v), scalars.dtype)
         tile, loaded = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
+        before = np.empty((Y_ROWS, width), scalars.dtype)
         acc, half = np.empty((q_block, padded_v), scalars.dtype), np.empty((q_block, padded_v), np.uint16)
         largest, total = np.empty(q_block, scalars.dtype), np.empty(q_block, scalars.dtype)
         factors = np.empty(width, scalars.dtype)
@@ -179,39 +210,38 @@ def _forward(q, k, v, mask, out, lse, dtypes, batch, sizes, work, blocks, band, 
                         source = _address(mask, mask_itemsize, index, batch, i, j0)
                         add_mask(source, kind, dtype, mask, count, columns, loaded, tile)
                     exclude(tile, i - j0 + offset, count, columns, band)
+                    if has_special:
+                        before[:] = tile
                     softmax_step(tile, columns, largest, total, factors, p * width)
-                    add_weighted(tile, values, special, has_special, columns, factors, acc, p * width, count)
-            place = _address(lse, lse_itemsize, index, batch, i0, 0) + part * lse_part * lse_itemsize
-            _finish(acc, largest, total, rows, place, lse.row)
+                    add_weighted(tile, values, special, before, has_special, columns, factors, acc, p * width, count)
+            place = _address(softmax, softmax_itemsize, index, batch, i0, 0) + part * softmax_part * softmax_itemsize
+            _finish(acc, largest, total, rows, softmax_part == 0, place, softmax.row)
             place = _address(out, out_itemsize, index, batch, i0, 0) + part * out_part * out_itemsize
             store_rows(acc, half, rows, channels_v, place, out_dtype, out.row, out.column)
 
 
 @kernel()
-def merge(out, lse, dtypes, batch, parts, part_lse):
-    """Join attention to several parts of the keys: their mean, weighted by ``exp(part_lse - lse)``.
+def merge(out, softmax, dtypes, batch, parts, part_softmax):
+    """Join attention to several parts of the keys: their mean, weighted by the sums of their weights.
 
-    ``parts`` is (parts, batches, L, Ev), ``part_lse`` is (parts, batches, L).
+    ``parts`` is (parts, batches, L, Ev), ``part_softmax`` is (parts, batches, L, 2).
     """
-    dtype, itemsize, lse_itemsize = dtypes
+    dtype, itemsize, softmax_itemsize = dtypes
     n, batches, length, channels = parts.shape
-    zero = parts.dtype.type(0)
     row, half = np.empty((1, channels), parts.dtype), np.empty((1, channels), np.uint16)
+    most, sums = np.empty(1, parts.dtype), np.empty(1, parts.dtype)
     for index in range(batches):
         for i in range(length):
-            largest, total = part_lse[0, index, i], zero
-            for part in range(1, n):
-                largest = max(largest, part_lse[part, index, i])
-            row[:] = 0
+            own = part_softmax[:, index, i]
+            most[0], sums[0], row[:] = own[:, 0].max(), 0, 0
             for part in range(n):
-                if part_lse[part, index, i] != -np.inf:
-                    weight = np.exp(part_lse[part, index, i] - largest)
-                    total += weight
+                if own[part, 0] != -np.inf:
+                    weight = np.exp(own[part, 0] - most[0]) * own[part, 1]
+                    sums[0] += weight
                     for c in range(channels):
                         row[0, c] += weight * parts[part, index, i, c]
-            for c in range(channels):
-                row[0, c] = row[0, c] / total if total != 0 else zero
-            poke(_address(lse, lse_itemsize, index, batch, i, 0), 0, largest + np.log(total))
+            place = _address(softmax, softmax_itemsize, index, batch, i, 0)
+            _finish(row, most, sums, 1, True, place, softmax.row)
             place = _address(out, itemsize, index, batch, i, 0)
             store_rows(row, half, 1, channels, place, dtype, out.row, out.column)
 

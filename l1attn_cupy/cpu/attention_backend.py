@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +16,13 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, broadcast_dims, contiguous
-from ..plan_attention import UNLIMITED, AttentionPlan, Segment
+from ..plan_attention import UNLIMITED, AttentionPlan, Segments
 from . import attention, attention_gradients, threads
 from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
 from .backend import _Call, _lay_out, _panel, _split
 from .elements import DTYPE_CODES
 from .scores import Matrix
+from .vector import panel_width
 
 #: Tasks to make at least, if there is work for so many: enough to share it evenly among many threads.
 _TASKS = 64
@@ -33,114 +34,153 @@ _RUNS_PER_THREAD = 4
 _MOST_ROWS = 128
 _FEWEST_KEYS = 512
 
+#: Most parts that dquery is summed in, and most memory for them.
+_MOST_PARTS = 8
+_PARTS_BYTES = 64 << 20
+
 _NO_LIMIT = 1 << 40
 
 
 class _Side(NamedTuple):
     """What a task owns, x: the queries, or the keys with the roles of query and key exchanged."""
 
-    segments: tuple[Segment, ...]
+    segments: Segments
     low: int
     high: int
 
     @property
     def longest(self) -> int:
-        return max((end - start for start, end, _, _ in self.segments), default=0)
+        return int((self.segments[:, 1] - self.segments[:, 0]).max(initial=0))
+
+
+def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what a function of a plan and more returns, unless the plan has segments, which are new in every call."""
+    kept = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def call(plan: AttentionPlan, *more: Any) -> Any:
+        return (kept if plan.segments is None else function)(plan, *more)
+
+    return call
 
 
 def attention_forward(
-    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
-    """Write the result to ``out`` and its log-sum-exp to ``lse``; neither L nor a batch dimension is 0."""
+    """Write ``out``, in its dtype, and ``softmax``; neither L nor a batch dimension is 0."""
     workers = threads.count(query, terms=_terms(plan))
     given = [0 if array is None else arrays.address(array) for array in (query, key, value, mask)]
-    results = arrays.address(out), arrays.address(lse)
-    forward, merge, parts = _forward_calls(plan, arrays.describe(out), arrays.describe(lse), workers)
+    results = arrays.address(out), arrays.address(softmax)
+    forward, merge, parts = _forward_calls(plan, arrays.describe(out), arrays.describe(softmax), workers)
     if merge is None:
         forward.launch(*given, *results)
         return
     part_out = np.empty((parts, math.prod(plan.batch), plan.length_q, plan.channels_v), plan.lse_dtype)
-    part_lse = np.empty(part_out.shape[:-1], plan.lse_dtype)
-    forward.launch(*given, arrays.address(part_out), arrays.address(part_lse))
-    merge._replace(arguments=(*merge.arguments, part_out, part_lse)).launch(*results)
+    part_softmax = np.empty((*part_out.shape[:-1], 2), plan.lse_dtype)
+    forward.launch(*given, arrays.address(part_out), arrays.address(part_softmax))
+    merge._replace(arguments=(*merge.arguments, part_out, part_softmax)).launch(*results)
 
 
 def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Write ``wanted``, of dquery, dkey, dvalue and dmask. No dimension of the scores is 0.
 
-    ``given`` has query, key, value, mask, grad_out, out, lse and grad_lse; mask and grad_lse may be None.
+    ``given`` has query, key, value, mask, grad_out, out, softmax and grad_lse; mask and grad_lse may be None.
     """
     workers = threads.count(given["query"], terms=_terms(plan))
-    delta = np.empty((*plan.batch, plan.length_q, 1), plan.lse_dtype)
+    delta = np.empty(plan.lse_shape, plan.lse_dtype)
     everything = {**given, **wanted, "delta": delta}
     present = {name: array for name, array in everything.items() if array is not None}
     specs = tuple((name, arrays.describe(array)) for name, array in present.items())
     addresses = {name: arrays.address(array) for name, array in present.items()}
-    for names, call in _gradient_calls(plan, specs, workers):
-        call.launch(*(addresses.get(name, 0) for name in names))
+    number = _summed_in(plan, set(wanted))
+    padded = -(-plan.channels // _width(plan)) * _width(plan)
+    parts = np.zeros((number, math.prod(plan.batch), plan.length_q, padded) if number else (0, 0, 0, 0), plan.lse_dtype)
+    for names, call in _gradient_calls(plan, specs, workers, number):
+        if "parts" in names:
+            call = call._replace(arguments=(*call.arguments, parts))
+        call.launch(*(addresses.get(name, 0) for name in names if name != "parts"))
+
+
+def _summed_in(plan: AttentionPlan, wanted: set[str]) -> int:
+    """In how many parts dquery is summed along with dkey and dvalue, in one pass for all; 0 if each has its own pass.
+
+    One pass is faster, but it needs memory for the parts and has no more tasks than parts of batch entries.
+    """
+    batches = math.prod(plan.batch)
+    whole = not any(any(broadcast_dims(x, plan.batch)) for x in (plan.query, plan.key, plan.value))
+    number = -(-_TASKS // batches)
+    size = number * batches * plan.length_q * plan.channels * ITEMSIZE[plan.lse_dtype]
+    few = number <= min(_MOST_PARTS, -(-plan.length_k // _MOST_ROWS)) and size <= _PARTS_BYTES
+    return number if whole and few and not plan.packed and {"dquery", "dkey"} <= wanted else 0
 
 
 def _terms(plan: AttentionPlan) -> int:
-    pairs = sum((end_q - q) * (end_k - k) for q, end_q, k, end_k in plan.segments)
+    if plan.segments is None:
+        pairs = plan.length_q * plan.length_k
+    else:
+        pairs = int(((plan.segments[:, 1] - plan.segments[:, 0]) * (plan.segments[:, 3] - plan.segments[:, 2])).sum())
     return math.prod(plan.batch) * pairs * max(plan.channels + plan.channels_v, 1)
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def _forward_calls(
-    plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int
+    plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int
 ) -> tuple[_Call, _Call | None, int]:
-    """The call that writes out and lse; or, of each part of the keys, and the one that joins the parts."""
-    own = plan.seen_by_kernels("out", out), plan.seen_by_kernels("lse", lse)
+    """The call that writes out and softmax; or, of each part of the keys, and the one that joins the parts."""
+    own = plan.seen_by_kernels("out", out), plan.seen_by_kernels("softmax", softmax)
     parts = _parts(plan)
     if parts == 1:
         return _forward_call(plan, *own, workers, 1), None, 1
-    part_out, part_lse = (contiguous(spec, (*plan.batch, *spec.shape[-2:])) for spec in own)
-    return _forward_call(plan, part_out, part_lse, workers, parts), _merge_call(plan, *own), parts
+    part_out, part_softmax = (
+        contiguous(spec, (*plan.batch, *spec.shape[-2:]))._replace(dtype=plan.lse_dtype) for spec in own
+    )
+    return _forward_call(plan, part_out, part_softmax, workers, parts), _merge_call(plan, *own), parts
 
 
-def _forward_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec, workers: int, parts: int) -> _Call:
-    """The call that writes out and lse, or those of each part of the keys, which lie one after another."""
-    specs = [plan.query, plan.key, plan.value, plan.mask or lse, out, lse]
+def _forward_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int, parts: int) -> _Call:
+    """The call that writes out and softmax, or those of each part of the keys, which lie one after another."""
+    specs = [plan.query, plan.key, plan.value, plan.mask or softmax, out, softmax]
     batch, matrices = _lay_out(specs, plan.batch, range(len(plan.batch)))
     batches, itemsize = math.prod(plan.batch), ITEMSIZE[plan.query.dtype]
     side = _queries(plan)
     block = _block(plan, side.longest, batches)
     work = _work(side, block, parts)
-    out_dtype = plan.query.dtype if parts == 1 else plan.lse_dtype
     dtypes = (
         *(DTYPE_CODES[plan.query.dtype], itemsize),
-        *(DTYPE_CODES[out_dtype], ITEMSIZE[out_dtype]),
+        *(DTYPE_CODES[out.dtype], ITEMSIZE[out.dtype]),
         *(ITEMSIZE[plan.lse_dtype], _mask_kind(plan)),
     )
-    rows = batches * plan.length_q
-    blocks = (block, rows * plan.channels_v, rows, _runs(len(work) * batches, workers))
+    strides = (batches * plan.length_q * plan.channels_v, batches * plan.length_q * 2) if parts > 1 else (0, 0)
+    blocks = (block, *strides, _runs(len(work) * batches, workers))
     arguments = (dtypes, batch, (batches, plan.channels, plan.channels_v), work, blocks, (side.low, side.high))
     kernel = attention.forward if workers > 1 else attention.forward_serial
     return _Call(kernel, workers, matrices, (*arguments, *_score(plan)))
 
 
-def _merge_call(plan: AttentionPlan, out: ArraySpec, lse: ArraySpec) -> _Call:
-    batch, matrices = _lay_out([out, lse], plan.batch, range(len(plan.batch)))
-    dtypes = (DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype], ITEMSIZE[plan.lse_dtype])
+def _merge_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec) -> _Call:
+    batch, matrices = _lay_out([out, softmax], plan.batch, range(len(plan.batch)))
+    dtypes = (DTYPE_CODES[out.dtype], ITEMSIZE[out.dtype], ITEMSIZE[plan.lse_dtype])
     return _Call(attention.merge, 1, matrices, (dtypes, batch))
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def _gradient_calls(
-    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int
+    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int, parts: int
 ) -> list[tuple[tuple[str, ...], _Call]]:
     """The calls of a backward pass in their order, each with the names of its arrays."""
     known = {name: plan.seen_by_kernels(name, spec) for name, spec in specs}
     calls = [_delta_call(plan, known, workers)]
-    if "dquery" in known:
+    if "dquery" in known and not parts:
         calls.append(_rows_call(plan, known, workers, "dquery", ""))
     together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
     if together and ("dkey" in known or "dvalue" in known):
-        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue"))
+        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue", parts))
     elif "dkey" in known:
         calls.append(_rows_call(plan, known, workers, "dkey", ""))
     if not together and "dvalue" in known:
         calls.append(_rows_call(plan, known, workers, "", "dvalue"))
+    if parts:
+        calls.append(_join_call(plan, known, workers))
     if "dmask" in known:
         calls.append(_mask_call(plan, known, workers))
     return calls
@@ -150,7 +190,11 @@ def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: in
     names = ("grad_out", "out", "grad_lse", "delta")
     batch, matrices = _matrices(plan, specs, names, range(len(plan.batch)))
     like = np.zeros(1, plan.lse_dtype)
-    dtypes = (DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype], ITEMSIZE[plan.lse_dtype])
+    grad, out, grad_lse = (specs.get(name, plan.query).dtype for name in ("grad_out", "out", "grad_lse"))
+    dtypes = (
+        *(DTYPE_CODES[grad], ITEMSIZE[grad], DTYPE_CODES[out], ITEMSIZE[out]),
+        *(ITEMSIZE[plan.lse_dtype], ITEMSIZE[grad_lse]),
+    )
     sizes = (math.prod(plan.batch), plan.length_q, plan.channels_v)
     runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
     kernel = attention_gradients.delta if workers > 1 else attention_gradients.delta_serial
@@ -158,12 +202,12 @@ def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: in
 
 
 def _rows_call(
-    plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str
+    plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str, parts: int = 0
 ) -> tuple[tuple[str, ...], _Call]:
-    """The call for dquery, or for dkey and dvalue or one of them."""
+    """The call for dquery, or for dkey and dvalue or one of them; with ``parts`` also for those of dquery."""
     of_key = dx != "dquery"
     x, y = (("key", "value"), ("query", "grad_out")) if of_key else (("query", "grad_out"), ("key", "value"))
-    names = (*x, *y, "lse", "delta", "mask", dx, dxv)
+    names = (*x, *y, "softmax", "delta", "mask", dx, dxv)
     owner = plan.value if not dx else plan.key if of_key else plan.query
     order, kept, summed = _owned(plan, owner)
     batch, matrices = _matrices(plan, specs, names, order, transposed=(6,) if of_key else ())
@@ -171,14 +215,22 @@ def _rows_call(
     block = _block(plan, side.longest, kept)
     work = _work(side, block, parts=1)
     sizes = (kept, summed, plan.channels, plan.channels_v)
-    blocks = (block, of_key, _runs(len(work) * kept, workers))
+    blocks = (block, of_key, _runs((parts or len(work)) * kept, workers))
     kernel = attention_gradients.backward if workers > 1 else attention_gradients.backward_serial
     arguments = (_gradient_dtypes(plan), batch, sizes, work, blocks, (side.low, side.high), *_score(plan))
-    return names, _Call(kernel, workers, matrices, arguments)
+    return (*names, "parts"), _Call(kernel, workers, matrices, arguments)
+
+
+def _join_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
+    batch, matrices = _matrices(plan, specs, ("dquery",), range(len(plan.batch)))
+    dtypes = DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype]
+    runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
+    kernel = attention_gradients.join if workers > 1 else attention_gradients.join_serial
+    return ("dquery", "parts"), _Call(kernel, workers, matrices, (dtypes, batch, plan.channels, runs))
 
 
 def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
-    names = ("query", "key", "value", "grad_out", "lse", "delta", "mask", "dmask")
+    names = ("query", "key", "value", "grad_out", "softmax", "delta", "mask", "dmask")
     order, kept, summed = _owned(plan, specs["dmask"])
     batch, matrices = _matrices(plan, specs, names, order)
     sizes = (kept, summed, plan.length_q, plan.length_k, plan.channels, plan.channels_v)
@@ -225,18 +277,22 @@ def _mask_kind(plan: AttentionPlan) -> int:
     return BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
 
 
+def _width(plan: AttentionPlan) -> int:
+    return panel_width(ITEMSIZE[plan.lse_dtype])
+
+
 def _runs(tasks: int, workers: int) -> int:
     return 1 if workers == 1 else min(tasks, workers * _RUNS_PER_THREAD)
 
 
 def _queries(plan: AttentionPlan) -> _Side:
     left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
-    return _Side(plan.segments, -right, left)
+    return _Side(plan.sequences, -right, left)
 
 
 def _keys(plan: AttentionPlan) -> _Side:
     left, right = (_NO_LIMIT if n == UNLIMITED else n for n in plan.window)
-    return _Side(tuple((k, end_k, q, end_q) for q, end_q, k, end_k in plan.segments), -left, right)
+    return _Side(plan.sequences[:, [2, 3, 0, 1]], -left, right)
 
 
 def _block(plan: AttentionPlan, length: int, batches: int) -> int:
@@ -254,18 +310,17 @@ def _parts(plan: AttentionPlan) -> int:
     return max(1, min(-(-_TASKS // tasks), longest // _FEWEST_KEYS))
 
 
-@functools.lru_cache(maxsize=64)
 def _work(side: _Side, block: int, parts: int) -> np.ndarray:
     """The tasks of one batch entry, those that take longest first; see `attention._forward` for the columns."""
-    lines = []
-    for x, end_x, y, end_y in side.segments:
-        for start in range(x, end_x, block):
-            rows = min(block, end_x - start)
-            first = max(0, start - x - side.high) // Y_ROWS * Y_ROWS
-            last = max(first, min(end_y - y, start - x + rows - side.low))
-            step = -(-(last - first) // (parts * Y_ROWS)) * Y_ROWS
-            for part in range(parts):
-                begin, stop = (min(last, first + n * step) for n in (part, part + 1))
-                lines.append((start, rows, y + begin, y + stop, y - x, part))
-    table = np.array(lines, np.int64).reshape(-1, 6)
+    blocks = -((side.segments[:, 0] - side.segments[:, 1]) // block)
+    x, end_x, y, end_y = np.repeat(side.segments, blocks, axis=0).T
+    number = np.arange(len(x)) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # of a block in its sequence
+    start = x + number * block
+    rows = np.minimum(block, end_x - start)
+    first = np.maximum(0, start - x - side.high) // Y_ROWS * Y_ROWS
+    last = np.maximum(first, np.minimum(end_y - y, start - x + rows - side.low))
+    step = -((first - last) // (parts * Y_ROWS)) * Y_ROWS
+    part = np.arange(parts)[:, np.newaxis]
+    begin, stop = (y + np.minimum(last, first + n * step) for n in (part, part + 1))
+    table = np.stack(np.broadcast_arrays(start, rows, begin, stop, y - x, part), -1).reshape(-1, 6)
     return table[np.argsort(-table[:, 1] * (table[:, 3] - table[:, 2]), kind="stable")]

@@ -1,5 +1,6 @@
-"""Gradients of fused L1 attention on the CPU, from query, key, value, out and lse. With ``p = exp(score - lse)``::
+"""Gradients of fused L1 attention on the CPU, from query, key, value, out, and largest and total of the softmax::
 
+    p[i, j]   = exp(score[i, j] - largest[i]) / total[i]
     delta[i]  = sum_c grad[i, c] * out[i, c] - grad_lse[i]
     ds[i, j]  = p[i, j] * (sum_c grad[i, c] * value[j, c] - delta[i])          gradient of the score and of the mask
     h         = ds * F'(x) * scale
@@ -32,7 +33,7 @@ from .elements import apply_derivative, load_rows, store_rows
 from .jit import kernel
 from .scores import _address, _blocks, _load_panels, _scatter_any
 from .vector import lanes, pack, panel_width, peek, poke, scatter_rows, sign_scatter
-from .vector_attention import CHANNELS_PER_SUM, softmax_backward_step, sum_products
+from .vector_attention import CHANNELS_PER_SUM, sign_scatter_both, softmax_backward_step, sum_products
 
 _WIDTH4, _WIDTH8 = panel_width(4), panel_width(8)
 _ROWS4, _ROWS8 = scatter_rows(4), scatter_rows(8)
@@ -40,31 +41,44 @@ _LANES4, _LANES8 = lanes(4), lanes(8)
 
 
 def _delta(grad, out, grad_lse, delta, dtypes, batch, sizes, runs, like):
-    """``delta[i] = sum_c grad[i, c] * out[i, c] - grad_lse[i]``; ``like`` is of the type of delta."""
-    dtype, itemsize, lse_itemsize = dtypes
+    """``delta[i] = sum_c grad[i, c] * out[i, c] - grad_lse[i]``; ``like`` is of the type of delta.
+
+    Summed as `_product_tile` does: where one key has all the weight, out is its value, and the gradient of the score,
+    a difference of such sums, is exactly 0.
+    """
+    dtype, itemsize, out_dtype, out_itemsize, sum_itemsize, lse_itemsize = dtypes
     batches, length, channels = sizes
+    width = _WIDTH4 if like.itemsize == 4 else _WIDTH8
+    blocks, padded = _blocks(length, width), _blocks(channels, width) * width
+    tasks = batches * blocks
     for run in prange(runs):
-        a, b = np.empty((1, channels), like.dtype), np.empty((1, channels), like.dtype)
-        for task in range(batches * length * run // runs, batches * length * (run + 1) // runs):
-            index, i = task // length, task % length
-            load_rows(_address(grad, itemsize, index, batch, i, 0), dtype, 0, grad.column, 1, channels, a)
-            load_rows(_address(out, itemsize, index, batch, i, 0), dtype, 0, out.column, 1, channels, b)
-            total = np.float64(0)
-            for c in range(channels):
-                total += np.float64(a[0, c]) * np.float64(b[0, c])
-            if grad_lse.data != 0:
-                total -= peek(_address(grad_lse, lse_itemsize, index, batch, i, 0), 0, like[0])
-            poke(_address(delta, lse_itemsize, index, batch, i, 0), 0, like.dtype.type(total))
+        scratch, tile = np.empty((width, padded), like.dtype), np.empty((width, width), like.dtype)
+        a, b = np.empty((1, padded, width), like.dtype), np.empty((1, padded, width), like.dtype)
+        for task in range(tasks * run // runs, tasks * (run + 1) // runs):
+            index, i = task // blocks, task % blocks * width
+            rows = min(width, length - i)
+            source = _address(grad, itemsize, index, batch, i, 0)
+            _load_panels(source, dtype, itemsize, grad, rows, channels, scratch, a)
+            source = _address(out, out_itemsize, index, batch, i, 0)
+            _load_panels(source, out_dtype, out_itemsize, out, rows, channels, scratch, b)
+            _product_tile(a, 1, b, 0, channels, tile)
+            for r in range(rows):
+                total = np.float64(tile[r, r])
+                if grad_lse.data != 0:
+                    place = _address(grad_lse, lse_itemsize, index, batch, i + r, 0)
+                    total -= peek(place, 0, np.float64(0)) if lse_itemsize == 8 else peek(place, 0, np.float32(0))
+                poke(_address(delta, sum_itemsize, index, batch, i + r, 0), 0, like.dtype.type(total))
 
 
 @kernel()
-def _load_softmax(lse, delta, itemsize, index, batch, first, count, shift, offset):
-    """lse and delta of ``count`` queries. Where no key is attended to, lse becomes infinite, which makes weights 0."""
-    shift[:], offset[:] = np.inf, 0
+def _load_softmax(softmax, delta, itemsize, index, batch, first, count, rows):
+    """``rows[:, r]``: largest, one over total, and delta, of ``count`` queries; 0 for others."""
+    rows[:] = 0
+    one = rows.dtype.type(1)
     for r in range(count):
-        value = peek(_address(lse, itemsize, index, batch, first + r, 0), 0, shift[0])
-        shift[r] = value if value != -np.inf else np.inf
-        offset[r] = peek(_address(delta, itemsize, index, batch, first + r, 0), 0, shift[0])
+        place = _address(softmax, itemsize, index, batch, first + r, 0)
+        rows[0, r], rows[1, r] = peek(place, 0, one), one / peek(place, 1, one)
+        rows[2, r] = peek(_address(delta, itemsize, index, batch, first + r, 0), 0, one)
 
 
 @kernel()
@@ -100,31 +114,66 @@ def _masked_scores(source, mask, kind, dtype, scores, difference, x_count, y_cou
 
 
 @kernel()
-def _scatter(x, first, y, h, x_count, y_count, finite, dx):
-    """``dx[first + c] += sum_j h[0, j, c] * sign(x[first + c] - y[j])`` for the lanes c of a panel."""
+def _scatter_any_back(x, y, h, x_count, y_count, dy):
+    """The sums for y of `sign_scatter_both` for any h, in the same order: rows without NaN keep their bits."""
+    group, zero = _ROWS4 if x.itemsize == 4 else _ROWS8, x.dtype.type(0)
+    for first in range(0, x_count, group):
+        for j in range(y_count):
+            for e in range(x.shape[1]):
+                plus, minus = dy[j, e], zero
+                for c in range(first, min(first + group, x_count)):
+                    if x[c, e] > y[j, e]:
+                        minus += h[j, c]
+                    elif x[c, e] < y[j, e]:
+                        plus += h[j, c]
+                    elif h[j, c] * zero != 0:
+                        plus += h[j, c] * zero
+                dy[j, e] = plus - minus
+
+
+@kernel()
+def _scatter(x, first, y, h, x_count, y_count, finite, dx, dy):
+    """``dx[first + c] += sum_j h[0, j, c] * sign(x[first + c] - y[j])`` for the lanes c of a panel.
+
+    If dy is not empty, also ``dy[j] += sum_c h[0, j, c] * sign(y[j] - x[first + c])``.
+    """
+    both = dy.shape[0] > 0
     if not finite:
         _scatter_any(x[first:], y, h[0], False, x_count, y_count, dx[first:])
+        if both:
+            _scatter_any_back(x[first:], y, h[0], x_count, y_count, dy)
         return
     rows, step = (_ROWS4, _LANES4) if x.itemsize == 4 else (_ROWS8, _LANES8)
     for channel in range(0, x.shape[1], step):
         for c in range(0, x_count, rows):
-            sign_scatter(x, first + c, y, h, 0, c, y_count, channel, dx)
+            if both:
+                sign_scatter_both(x, first + c, y, h, c, y_count, channel, dx, dy)
+            else:
+                sign_scatter(x, first + c, y, h, 0, c, y_count, channel, dx)
 
 
-def _backward(x, xv, y, yv, lse, delta, mask, dx, dxv, dtypes, batch, sizes, work, blocks, band, score, scalars):
+def _backward(
+    x, xv, y, yv, softmax, delta, mask, dx, dxv, dtypes, batch, sizes, work, blocks, band, score, scalars, parts
+):
     """dx and dxv, those whose address is not 0, summed also over the batch entries that share a row of x.
 
-    ``dtypes`` is (code and itemsize of the arrays, itemsize of lse, kind of mask), ``sizes`` is (batches of dx, batches
-    summed into each, E, Ev), ``blocks`` is (most rows of x in a task, whether x is key, runs); ``work``, ``band`` and
-    ``scalars`` are as in `attention.forward`, with x for the queries.
+    ``dtypes`` is (code and itemsize of the arrays, itemsize of softmax, kind of mask), ``sizes`` is (batches of dx,
+    batches summed into each, E, Ev), ``blocks`` is (most rows of x in a task, whether x is key, runs); ``work``,
+    ``band`` and ``scalars`` are as in `attention.forward`, with x for the queries.
+
+    ``parts``, (parts, batches, rows of y, E padded), are for dy, to which each adds what its share of the lines of
+    ``work`` gives; they are zeros. Without parts dy is left out.
     """
-    dtype, itemsize, lse_itemsize, kind = dtypes
+    dtype, itemsize, sum_itemsize, kind = dtypes
     kept, summed, channels, channels_v = sizes
     x_block, of_key, runs = blocks
-    tasks = work.shape[0] * kept
+    groups = parts.shape[0] if parts.shape[0] > 0 else work.shape[0]
+    lines = _blocks(work.shape[0], groups)
+    tasks = groups * kept
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded, padded_v = _blocks(channels, width) * width, _blocks(channels_v, width) * width
     mask_itemsize = 1 if kind == BOOLEAN else itemsize
+    nothing = np.empty((1, 1, 1, padded), scalars.dtype)[0, 0, 0:0]
     for run in prange(runs):
         x_rows, dx_rows = np.empty((x_block, padded), scalars.dtype), np.empty((x_block, padded), scalars.dtype)
         xv_rows, dxv_rows = np.empty((x_block, padded_v), scalars.dtype), np.empty((x_block, padded_v), scalars.dtype)
@@ -136,14 +185,18 @@ def _backward(x, xv, y, yv, lse, delta, mask, dx, dxv, dtypes, batch, sizes, wor
         yv_panels = np.empty((Y_ROWS // width, padded_v, width), scalars.dtype)
         scores, masked = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
         h, loaded = np.empty((1, Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
-        shift, offset = np.empty(max(x_block, Y_ROWS), scalars.dtype), np.empty(max(x_block, Y_ROWS), scalars.dtype)
+        before, statistics = (
+            np.empty((Y_ROWS, width), scalars.dtype),
+            np.empty((3, max(x_block, Y_ROWS)), scalars.dtype),
+        )
         half, half_v = np.empty((x_block, padded), np.uint16), np.empty((x_block, padded_v), np.uint16)
         ones = np.ones(width, scalars.dtype)
-        for turn in range(_blocks(tasks, runs)):
-            task = task_of(turn, np.int64(run), runs)
-            if task >= tasks:
+        for turn in range(_blocks(tasks, runs) * lines):
+            task = task_of(turn // lines, np.int64(run), runs)
+            line = task_of(turn % lines, task // kept, groups)
+            if task >= tasks or line >= work.shape[0]:
                 continue
-            block, entry = work[task // kept], task % kept
+            block, entry = work[line], task % kept
             i0, rows, first, end, place = block[0], block[1], block[2], block[3], block[4]
             dx_rows[:], dxv_rows[:] = 0, 0
             for index in range(entry * summed, (entry + 1) * summed):
@@ -151,7 +204,7 @@ def _backward(x, xv, y, yv, lse, delta, mask, dx, dxv, dtypes, batch, sizes, wor
                 source = _address(xv, itemsize, index, batch, i0, 0)
                 _load_both(source, dtype, xv, rows, channels_v, xv_rows, xv_panels)
                 if not of_key:
-                    _load_softmax(lse, delta, lse_itemsize, index, batch, i0, rows, shift, offset)
+                    _load_softmax(softmax, delta, sum_itemsize, index, batch, i0, rows, statistics)
                 for j0 in range(first, end, Y_ROWS):
                     columns = min(Y_ROWS, end - j0)
                     source = _address(y, itemsize, index, batch, j0, 0)
@@ -160,7 +213,7 @@ def _backward(x, xv, y, yv, lse, delta, mask, dx, dxv, dtypes, batch, sizes, wor
                     _load_both(source, dtype, yv, columns, channels_v, yv_rows, yv_panels)
                     has_special = set_aside(yv_rows, columns, special)
                     if of_key:
-                        _load_softmax(lse, delta, lse_itemsize, index, batch, j0, columns, shift, offset)
+                        _load_softmax(softmax, delta, sum_itemsize, index, batch, j0, columns, statistics)
                     for p in range(_blocks(rows, width)):
                         i, count = i0 + p * width, min(width, rows - p * width)
                         if outside_band(i - j0 + place, count, columns, band):
@@ -173,14 +226,18 @@ def _backward(x, xv, y, yv, lse, delta, mask, dx, dxv, dtypes, batch, sizes, wor
                         _masked_scores(
                             source, mask, kind, dtype, scores, difference, count, columns, band, loaded, masked
                         )
-                        softmax_backward_step(masked, scores, h[0], columns, shift, offset, p * width, of_key)
+                        if has_special:
+                            before[:] = masked
+                        softmax_backward_step(masked, scores, h[0], columns, statistics, p * width, of_key)
                         if dxv.data != 0:
                             add_weighted(
-                                masked, yv_rows, special, has_special, columns, ones, dxv_rows, p * width, count
+                                *(masked, yv_rows, special, before, has_special, columns, ones),
+                                *(dxv_rows, p * width, count),
                             )
                         if dx.data != 0:
                             finite = apply_derivative(h[0, :columns], scores[:columns], score, scalars[0])
-                            _scatter(x_rows, p * width, y_rows, h, count, columns, finite, dx_rows)
+                            dy_rows = parts[task // kept, entry, j0 : j0 + columns] if parts.size > 0 else nothing
+                            _scatter(x_rows, p * width, y_rows, h, count, columns, finite, dx_rows, dy_rows)
             if dx.data != 0:
                 target = _address(dx, itemsize, entry * summed, batch, i0, 0)
                 store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column)
@@ -189,14 +246,16 @@ def _backward(x, xv, y, yv, lse, delta, mask, dx, dxv, dtypes, batch, sizes, wor
                 store_rows(dxv_rows, half_v, rows, channels_v, target, dtype, dxv.row, dxv.column)
 
 
-def _mask_gradient(q, k, v, grad, lse, delta, mask, dmask, dtypes, batch, sizes, shared, runs, band, score, scalars):
+def _mask_gradient(
+    q, k, v, grad, softmax, delta, mask, dmask, dtypes, batch, sizes, shared, runs, band, score, scalars
+):
     """The sum of ds over all that share an element of the mask.
 
     ``sizes`` is (batches of dmask, batches summed into each, L, S, E, Ev), ``shared`` is (whether all queries share a
     row of the mask, whether all keys share a column). A task has a panel of queries, or all, and a tile of keys, or
     all.
     """
-    dtype, itemsize, lse_itemsize, kind = dtypes
+    dtype, itemsize, sum_itemsize, kind = dtypes
     kept, summed, length_q, length_k, channels, channels_v = sizes
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded, padded_v = _blocks(channels, width) * width, _blocks(channels_v, width) * width
@@ -214,7 +273,7 @@ def _mask_gradient(q, k, v, grad, lse, delta, mask, dmask, dtypes, batch, sizes,
         scores, masked = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
         ds, loaded = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
         total, half = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), np.uint16)
-        shift, offset = np.empty(width, scalars.dtype), np.empty(width, scalars.dtype)
+        statistics = np.empty((3, width), scalars.dtype)
         for task in range(tasks * run // runs, tasks * (run + 1) // runs):
             entry = task // (q_blocks * k_blocks)
             i_first, j_first = task // k_blocks % q_blocks * q_block, task % k_blocks * k_block
@@ -235,13 +294,13 @@ def _mask_gradient(q, k, v, grad, lse, delta, mask, dmask, dtypes, batch, sizes,
                         _load_panels(source, dtype, itemsize, q, count, channels, scratch, q_panels)
                         source = _address(grad, itemsize, index, batch, i, 0)
                         _load_panels(source, dtype, itemsize, grad, count, channels_v, scratch_v, grad_panels)
-                        _load_softmax(lse, delta, lse_itemsize, index, batch, i, count, shift, offset)
+                        _load_softmax(softmax, delta, sum_itemsize, index, batch, i, count, statistics)
                         panels = _blocks(columns, width)
                         score_tile(k_panels, panels, q_panels, 0, channels, scores, score, scalars[0], scalars[1])
                         _product_tile(v_panels, panels, grad_panels, 0, channels_v, ds)
                         source = _address(mask, itemsize, index, batch, i, j0)
                         _masked_scores(source, mask, kind, dtype, scores, i - j0, count, columns, band, loaded, masked)
-                        softmax_backward_step(masked, scores, ds, columns, shift, offset, 0, False)
+                        softmax_backward_step(masked, scores, ds, columns, statistics, 0, False)
                         for j in range(columns):
                             for c in range(count):
                                 total[j, c] += ds[j, c]
@@ -258,6 +317,24 @@ def _mask_gradient(q, k, v, grad, lse, delta, mask, dmask, dtypes, batch, sizes,
             store_rows(total, half, rows, columns, target, dtype, dmask.column, dmask.row)
 
 
+def _join(dy, dtypes, batch, channels, runs, parts):
+    """dy, the sum of ``parts`` in their order."""
+    dtype, itemsize = dtypes
+    n, batches, length, padded = parts.shape
+    for run in prange(runs):
+        total, half = np.empty((1, padded), parts.dtype), np.empty((1, padded), np.uint16)
+        for task in range(batches * length * run // runs, batches * length * (run + 1) // runs):
+            index, i = task // length, task % length
+            total[0] = parts[0, index, i]
+            for part in range(1, n):
+                for c in range(padded):
+                    total[0, c] += parts[part, index, i, c]
+            target = _address(dy, itemsize, index, batch, i, 0)
+            store_rows(total, half, 1, channels, target, dtype, dy.row, dy.column)
+
+
+join = kernel(parallel=True)(_join)
+join_serial = kernel()(_join)
 delta = kernel(parallel=True)(_delta)
 delta_serial = kernel()(_delta)
 backward = kernel(parallel=True)(_backward)

@@ -28,7 +28,7 @@ from .vector import (
 _INTEGER = types.intp
 
 #: Channels in one run of sums. Few, as the softmax turns the absolute error of a score into a relative one.
-CHANNELS_PER_SUM = 32
+CHANNELS_PER_SUM = 16
 
 #: Weights that `softmax_step` adds together before it adds them to the others; divides the rows of a tile.
 _GROUP = 8
@@ -215,6 +215,44 @@ add_weighted_rows_1 = _weighted_rows(1)
 
 
 @intrinsic
+def sign_scatter_both(typingctx, x, row, y, h, column, count, channel, dx, dy):
+    """As `vector.sign_scatter` of ``h[0]``, and the same from the side of y, one compare for both; j < count::
+
+    dx[row + r, e] += sum_j h[0, j, column + r] * sign(x[row + r, e] - y[j, e])
+    dy[j, e]       += sum_r h[0, j, column + r] * sign(y[j, e] - x[row + r, e])
+    """
+
+    def codegen(context, builder, signature, args):
+        rows = scatter_rows(_itemsize(x))
+        e = _AttentionEmitter(context, builder, x, lanes(_itemsize(x)))
+        x_at, first, y_at, h_at, offset, n, chan, out, out_y = args
+        row_numbers = [builder.add(first, _INT(r)) for r in range(rows)]
+        x_rows = [e.load(e.at(x, x_at, r, chan)) for r in row_numbers]
+
+        def step(j, sums):
+            y_row, place = e.load(e.at(y, y_at, j, chan)), e.at(dy, out_y, j, chan)
+            plus, minus, updated = e.load(place), e.constant(0.0), []
+            for r, (x_row, total) in enumerate(zip(x_rows, sums, strict=True)):
+                weight = e.splat(e.at(h, h_at, 0, j, builder.add(offset, _INT(r))))
+                above = builder.fcmp_ordered(">", x_row, y_row)
+                below = builder.fcmp_ordered("<", x_row, y_row)
+                total = builder.select(above, builder.fadd(total, weight), total)
+                updated.append(builder.select(below, builder.fsub(total, weight), total))
+                minus = builder.select(above, builder.fadd(minus, weight), minus)
+                plus = builder.select(below, builder.fadd(plus, weight), plus)
+            e.store(builder.fsub(plus, minus), place)
+            return updated
+
+        for r, total in zip(row_numbers, e.accumulate(n, rows, step), strict=True):
+            place = e.at(dx, out, r, chan)
+            e.store(builder.fadd(e.load(place), total), place)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(x, integer, y, h, integer, integer, integer, dx, dy), codegen
+
+
+@intrinsic
 def softmax_step(typingctx, tile, count, largest, total, factors, first):
     """One step of the online softmax: replace the scores of ``count`` rows of y by ``exp(score - maximum)``. Further
     rows, up to a multiple of `_GROUP`, become 0.
@@ -259,46 +297,45 @@ def softmax_step(typingctx, tile, count, largest, total, factors, first):
 
 
 @intrinsic
-def softmax_backward_step(typingctx, masked, scores, products, count, lse, delta, first, by_row):
+def softmax_backward_step(typingctx, masked, scores, products, count, statistics, first, by_row):
     """Weights, and the gradients of the scores, of ``count`` rows of y, in place::
 
-        masked    scores with the mask added           becomes  p = exp(masked - lse)
-        products  the gradient of p                    becomes  p * (products - delta)
-        scores    scores without the mask              becomes  0 where p is 0
+        masked    scores with the mask added           becomes  p = exp(masked - statistics[0]) * statistics[1]
+        products  the gradient of p                    becomes  p * (products - statistics[2])
+        scores    scores without the mask              becomes  0 where masked is -inf
 
-    lse and delta belong to the rows of y if ``by_row``, otherwise to those of x from ``first`` on. Where p is 0 the
-    gradient is 0 whatever the others are: a masked key may hold NaN. Further rows of weights, up to a multiple of
-    `_GROUP`, become 0.
+    ``statistics`` belong to the rows of y if ``by_row``, otherwise to those of x from ``first`` on. Where masked is
+    -inf all become 0: a key that is ruled out may hold NaN. Further rows of weights, up to a multiple of `_GROUP`,
+    become 0.
     """
 
     def codegen(context, builder, signature, args):
         width = panel_width(_itemsize(masked))
         e = _AttentionEmitter(context, builder, masked, width)
-        w_at, s_at, p_at, n, lse_at, delta_at, start, rows = args
+        w_at, s_at, p_at, n, stats_at, start, rows = args
         zero = e.constant(0.0)
 
-        def one_row(j, shift, offset):
+        def one_row(j, largest, factor, offset):
             places = [e.at(kind, at, j, 0) for kind, at in ((masked, w_at), (scores, s_at), (products, p_at))]
             weighted, score, product = (e.load(place) for place in places)
-            weight = e.exp(builder.fsub(weighted, shift))
-            nothing = builder.fcmp_ordered("==", weight, zero)
+            weight = builder.fmul(e.exp(builder.fsub(weighted, largest)), factor)
             gradient = builder.fmul(weight, builder.fsub(product, offset))
-            results = weight, builder.select(nothing, zero, score), builder.select(nothing, zero, gradient)
-            for result, place in zip(results, places, strict=True):
-                e.store(result, place)
+            nothing = builder.fcmp_ordered("==", weighted, e.constant(-math.inf))
+            for result, place in zip((weight, score, gradient), places, strict=True):
+                e.store(builder.select(nothing, zero, result), place)
 
         with builder.if_else(rows) as (of_y, of_x):
             with of_y, cgutils.for_range(builder, n) as loop:
                 j = loop.index
-                one_row(j, e.splat(e.at(lse, lse_at, j)), e.splat(e.at(delta, delta_at, j)))
+                one_row(j, *(e.splat(e.at(statistics, stats_at, which, j)) for which in range(3)))
             with of_x:
-                shift, offset = e.load(e.at(lse, lse_at, start)), e.load(e.at(delta, delta_at, start))
+                own = [e.load(e.at(statistics, stats_at, which, start)) for which in range(3)]
                 with cgutils.for_range(builder, n) as loop:
-                    one_row(loop.index, shift, offset)
+                    one_row(loop.index, *own)
         groups = builder.and_(builder.add(n, _INT(_GROUP - 1)), _INT(-_GROUP))
         with cgutils.for_range_slice(builder, n, groups, _INT(1)) as (j, _):
             e.store(zero, e.at(masked, w_at, j, 0))
         return context.get_dummy_value()
 
-    signature = types.void(masked, scores, products, _INTEGER, lse, delta, _INTEGER, types.boolean)
+    signature = types.void(masked, scores, products, _INTEGER, statistics, _INTEGER, types.boolean)
     return signature, codegen

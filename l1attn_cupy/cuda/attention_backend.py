@@ -11,12 +11,12 @@ from .backend import _current, _run
 
 
 def attention_forward(
-    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
-    """Write the result to ``out`` and its log-sum-exp to ``lse``."""
+    """Write ``out``, in its dtype, and ``softmax``."""
     device, stream = _current(plan, query)
     with device, stream:
-        calls_attention.attention_forward(_run, plan, query, key, value, mask, out, lse)
+        calls_attention.attention_forward(_run, plan, query, key, value, mask, out, softmax)
 
 
 def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

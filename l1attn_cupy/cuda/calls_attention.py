@@ -7,25 +7,25 @@ from typing import Any
 
 from .. import arrays
 from ..plan import ArraySpec, broadcast_dims
-from ..plan_attention import AttentionPlan, Segment
+from ..plan_attention import AttentionPlan
 from . import launch_attention
 from .calls import Machine
 
 #: Arrays whose rows kernels want contiguous, and along which dimension a packed one is cut into sequences.
-_ROWS = ("query", "key", "value", "grad_out", "out")
+_ROWS = ("query", "key", "value", "grad_out", "softmax")
 _OF_KEY = ("key", "value", "dkey", "dvalue")
 
 
 def attention_forward(
-    machine: Machine, plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+    machine: Machine, plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
-    """Write the result to ``out`` and its log-sum-exp to ``lse``; neither L nor a batch dimension is 0."""
-    everything = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "lse": lse}
-    for segment in plan.segments:
+    """Write ``out``, in its dtype, and ``softmax``; neither L nor a batch dimension is 0."""
+    everything = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "softmax": softmax}
+    for segment in plan.sequences.tolist():
         part, arrays_of, specs = _cut(plan, everything, segment)
         if part.length_q == 0:
             continue
-        written = {name: arrays_of.pop(name) for name in ("out", "lse")}
+        written = {name: arrays_of.pop(name) for name in ("out", "softmax")}
         machine(launch_attention.attention_forward(part, specs), arrays_of, written)
 
 
@@ -34,14 +34,16 @@ def attention_backward(
 ) -> None:
     """Write ``wanted``, of dquery, dkey, dvalue and dmask.
 
-    ``given`` has query, key, value, mask, grad_out, out, lse and grad_lse; mask and grad_lse may be None.
+    ``given`` has query, key, value, mask, grad_out, out, softmax and grad_lse; mask and grad_lse may be None.
     """
+    names = ("query", "key", "value", "mask", "grad_out", "softmax")
+    given = {**{name: given[name] for name in names}, "delta": _delta(plan, given)}
     for gradient in wanted.values():
-        if len(plan.segments) > 1:
+        if plan.packed:
             gradient[...] = 0  # sequences without a query or without a key reach no kernel
     together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
     groups = [("dquery", ""), *([("dkey", "dvalue")] if together else [("dkey", ""), ("", "dvalue")])]
-    for segment in plan.segments:
+    for segment in plan.sequences.tolist():
         part, arrays_of, specs = _cut(plan, {**given, **wanted}, segment)
         if 0 in (part.length_q, part.length_k):
             continue
@@ -56,8 +58,16 @@ def attention_backward(
             machine(call, inputs, {"dmask": arrays_of["dmask"]})
 
 
+def _delta(plan: AttentionPlan, given: Mapping[str, Any]) -> Any:
+    """``sum_c grad_out[..., c] * out[..., c] - grad_lse``, for each query."""
+    delta = arrays.sum_of_products(given["grad_out"], given["out"], plan.lse_dtype)
+    if given["grad_lse"] is not None:
+        delta -= given["grad_lse"]
+    return delta
+
+
 def _cut(
-    plan: AttentionPlan, everything: Mapping[str, Any], segment: Segment
+    plan: AttentionPlan, everything: Mapping[str, Any], segment: list[int]
 ) -> tuple[AttentionPlan, dict[str, Any], dict[str, ArraySpec]]:
     """One sequence: a plan for it, its arrays with contiguous rows, and these as kernels see them."""
     first_q, end_q, first_k, end_k = segment
@@ -73,5 +83,5 @@ def _cut(
             array = array[:, rows]
         found[name] = array
         specs[name] = plan.seen_by_kernels(name, arrays.describe(array))
-    part = plan._replace(query=specs["query"], key=specs["key"], value=specs["value"], segments=())
+    part = plan._replace(query=specs["query"], key=specs["key"], value=specs["value"], segments=None)
     return part, found, specs

@@ -161,6 +161,8 @@ def _fill_gradient(
 def _pick(op: str, plan: Plan | AttentionPlan) -> Variant:
     """The variant for a call, with the parameters that were tuned for its device."""
     sizes = {"q": plan.length_q, "k": plan.length_k, "e": plan.channels}
+    if isinstance(plan, AttentionPlan):
+        sizes["v"] = plan.channels_v
     variant = registry.choose(op, plan.query.dtype, sizes, plan.options.variant)
     return tuning.tuned(variant, plan.query.dtype, sizes, devices.names(plan.options.backend, plan.query.device))
 

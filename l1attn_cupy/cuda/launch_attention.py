@@ -20,7 +20,7 @@ _MOST = 2**31 - 1
 
 _ATTENTION = np.dtype(
     [
-        *((name, _MATRIX) for name in ("query", "key", "value", "mask", "lse")),
+        *((name, _MATRIX) for name in ("query", "key", "value", "mask", "softmax")),
         ("mask_column", "i8"),
         ("batch_shape", "i4", MAX_BATCH_DIMS),
         *((name, "i4") for name in ("length_q", "length_k", "channels", "channels_v", "score", "mask_kind")),
@@ -29,11 +29,13 @@ _ATTENTION = np.dtype(
     ],
     align=True,
 )
-_FORWARD = np.dtype([("a", _ATTENTION), ("out", _MATRIX)], align=True)
+_FORWARD = np.dtype(
+    [("a", _ATTENTION), ("out", _MATRIX), *((name, "i4") for name in ("unrounded", "unused"))], align=True
+)
 _SAVED = np.dtype(
     [
         ("a", _ATTENTION),
-        *((name, _MATRIX) for name in ("out", "grad_out", "grad_lse")),
+        *((name, _MATRIX) for name in ("grad_out", "delta")),
         *((name, "i4") for name in ("kept", "summed")),
     ],
     align=True,
@@ -50,12 +52,12 @@ _MASK_GRADIENT = np.dtype(
     ],
     align=True,
 )
-_SHARED = ("query", "key", "value", "mask", "lse")
-_GIVEN = ("out", "grad_out", "grad_lse")
+_SHARED = ("query", "key", "value", "mask", "softmax")
+_GIVEN = ("grad_out", "delta")
 
 
 def attention_forward(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
-    """The launch that computes out and lse. Arrays: query, key, value, mask, out, lse, by the names of ``specs``."""
+    """The launch that computes out, in its own dtype, and softmax, from query, key, value and mask."""
     return _forward(registry.generation(), plan, tuple(specs.items()))
 
 
@@ -76,6 +78,7 @@ def _forward(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, Arra
     matrices = _shared(known, args["a"]) | {"out": (args, "out")}
     _fill_batch(args["a"], plan, known, matrices, range(len(plan.batch)))
     _fill_attention(args["a"], plan, known)
+    args["unrounded"] = known["out"].dtype != plan.query.dtype
     blocks = _tiles(plan.length_q, variant, "BLOCK_Q") * max(1, _tiles(plan.channels_v, variant, "BLOCK_V"))
     places = {**_offsets(_FORWARD, "a", _SHARED), "out": _offset(_FORWARD, "out")}
     return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places.items())
@@ -91,8 +94,9 @@ def _backward(
     own = {name: field for field, name in (("dx", dx), ("dxv", dxv)) if name in known}
     kept = _fill_saved(args, plan, known, owner, own)
     args["of_key"] = dx != "dquery"
-    channels = plan.channels + (plan.channels_v if args["of_key"] else 0)
-    tiles = _tiles(owner.shape[-2], variant, "BLOCK_X") * _tiles(channels, variant, "BLOCK_E")
+    blocks_e = _tiles(plan.channels, variant, "BLOCK_E")
+    blocks_v = _tiles(plan.channels_v, variant, "BLOCK_E") if args["of_key"] else 0
+    tiles = _tiles(owner.shape[-2], variant, "BLOCK_X") * (blocks_e + blocks_v)
     return _launch(variant, plan, args, kept * tiles, _saved_places(_BACKWARD, own))
 
 

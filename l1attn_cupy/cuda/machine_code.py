@@ -358,23 +358,28 @@ def hot_loop(instructions: Sequence[Instruction]) -> Loop:
     ValueError
         No loop has a term.
     """
+    innermost = loops(instructions)
+    if not innermost:
+        raise ValueError("no loop of this kernel has a term that can be recognised (see the top of machine_code.py)")
+    return max(innermost, key=lambda loop: (loop.terms, -len(loop.instructions)))
+
+
+def loops(instructions: Sequence[Instruction]) -> list[Loop]:
+    """The innermost loops that have terms: a kernel with sums and signs has one for each, and slower ways beside."""
     ends: dict[int, int] = {}  # of each loop's first instruction, the last jump back to it
     for at, instruction in enumerate(instructions):
         if instruction.base == "BRA" and instruction.target is not None and instruction.target < at:
             ends[instruction.target] = at
-    loops: dict[tuple[int, int], Loop] = {}
+    found: dict[tuple[int, int], Loop] = {}
     for start, end in ends.items():
         loop = Loop(tuple(instructions[at] for at in _way_round(instructions, start, end)))
         if loop.terms:
-            loops[start, end] = loop
-    innermost = [
+            found[start, end] = loop
+    return [
         loop
-        for (start, end), loop in loops.items()
-        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+        for (start, end), loop in found.items()
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in found)
     ]
-    if not innermost:
-        raise ValueError("no loop of this kernel has a term that can be recognised (see the top of machine_code.py)")
-    return max(innermost, key=lambda loop: (loop.terms, -len(loop.instructions)))
 
 
 def _way_round(instructions: Sequence[Instruction], start: int, end: int) -> list[int]:
@@ -427,11 +432,17 @@ def profile(variant: Variant, dtype: str, arch: str = "90") -> Profile:
 def terms_per_step(variant: Variant) -> Fraction:
     """Terms of one thread for each channel of q and k (forward), or each row of the other array (backward).
 
-    From the header: the outputs of a block over its threads, or of a tile, if a block does one after the other. In
+    From the header: the outputs of a block over its threads, or of a tile, if a block does one after the other; of
+    attention the scores of a tile, in ``attention_backward`` by sum as well as by sign if their loops are the same. In
     ``scores_backward`` with ATOMIC=1 a term is for both gradients.
     """
     columns = "TILE_K" if "TILE_K" in variant.parameters else "BLOCK_K"
-    sides = {"scores_forward": ("BLOCK_Q", columns), "scores_backward": ("BLOCK_X", "BLOCK_E")}[variant.op]
+    sides = {
+        "scores_forward": ("BLOCK_Q", columns),
+        "scores_backward": ("BLOCK_X", "BLOCK_E"),
+        "attention_forward": ("BLOCK_Q", columns),
+        "attention_backward": ("BLOCK_X", "TILE_Y"),
+    }[variant.op]
     if variant.atomic:
         sides = ("BLOCK_Q", "BLOCK_E")
     return Fraction(_product(variant, sides), variant.parameters["THREADS"])
@@ -449,8 +460,8 @@ def budget(variant: Variant) -> float:
     return 1 / 2 + 1 / 8 if variant.f16_differences else BUDGETS[variant.op] + variant.atomic
 
 
-#: For each op the budget of a term for one gradient, or of a score, in float32.
-BUDGETS = {"scores_forward": 2, "scores_backward": 3}
+#: For each op the budget of a term for one gradient, or of a score, in float32; products of matrices are not in terms.
+BUDGETS = {"scores_forward": 2, "scores_backward": 3, "attention_forward": 2, "attention_backward": 3}
 
 
 def _product(variant: Variant, keys: Iterable[str]) -> int:

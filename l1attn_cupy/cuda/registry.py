@@ -26,7 +26,7 @@ OPS = {
     "attention_mask_gradient": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
 }
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
-_LIMITS = ("min_q", "max_q", "min_k", "max_k", "min_e", "max_e")
+_LIMITS = ("min_q", "max_q", "min_k", "max_k", "min_e", "max_e", "min_v", "max_v")
 _LINE = re.compile(r"^//\s*@variant\b(?P<rest>.*)$")
 
 
@@ -65,7 +65,7 @@ class Variant:
         return self.parameters.get("ATOMIC", 0) == 1
 
     def fits(self, dtype: str, sizes: Mapping[str, int]) -> bool:
-        """Whether this variant is for ``dtype`` and for ``sizes``, which has the keys q, k and e."""
+        """Whether this variant is for ``dtype`` and for ``sizes``, which has the keys q, k, e and, for attention, v."""
         within = (
             (sizes[limit[-1]] >= bound) if limit.startswith("min") else (sizes[limit[-1]] <= bound)
             for limit, bound in self.limits.items()
@@ -178,7 +178,7 @@ def _variants(_generation: int) -> tuple[Variant, ...]:
 
 
 def choose(op: str, dtype: str, sizes: Mapping[str, int], name: str | None) -> Variant:
-    """The variant ``name``, or the one of highest rank that fits; sizes has the keys q, k and e."""
+    """The variant ``name``, or the one of highest rank that fits; sizes is as in `Variant.fits`."""
     forced = _only.get()
     candidates = [forced] if forced and forced.op == op else variants(op)
     if name is not None:
@@ -242,6 +242,8 @@ def _parse(path: Path, number: int, text: str) -> Variant:
     choices = {key: _numbers(where, key, value) for key, value in words.items() if key.isupper() and "," in value}
     numbers = {key: choices[key][0] if key in choices else _number(where, key, value) for key, value in words.items()}
     limits = {key: numbers.pop(key) for key in _LIMITS if key in numbers}
+    if not op.startswith("attention") and (of_value := [key for key in limits if key.endswith("_v")]):
+        raise KernelError(f"{where}: {of_value[0]} is for attention, {op} has no value")
     rank, rounds = numbers.pop("rank", 0), numbers.pop("f16_differences", 0)
     if rounds not in (0, 1):
         raise KernelError(f"{where}: f16_differences must be 0 or 1, got {rounds}")

@@ -11,10 +11,10 @@ from .backend import _run
 
 
 def attention_forward(
-    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, lse: Any
+    plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
-    """Write the result to ``out`` and its log-sum-exp to ``lse``."""
-    calls_attention.attention_forward(_run, plan, query, key, value, mask, out, lse)
+    """Write ``out``, in its dtype, and ``softmax``."""
+    calls_attention.attention_forward(_run, plan, query, key, value, mask, out, softmax)
 
 
 def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

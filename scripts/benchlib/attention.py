@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 import torch
 
 from benchlib import report
+from benchlib.limit_cuda import CudaLimit
 from benchlib.peers import EPS, OURS, Unavailable, import_ours
 from benchlib.probe import in_fresh_process
 from benchlib.settings import Settings
 from benchlib.timing import CpuClock, CudaClock
 from benchlib.verify import WrongResult
 
-SHAPE = (8, 1024, 1024, 64)
+SHAPE, SHAPE_CUDA = (8, 1024, 1024, 64), (16, 2048, 2048, 64)
 CAUSAL_SHAPE = (1, 4096, 4096, 64)
+DECODE_SHAPES = ((1, 1, 65536, 64), (32, 1, 65536, 64))
+LIMIT_SAMPLES = 9
 LONGEST_S = 20.0  # of one peer; at least two rounds
 
 Function = Callable[[Any, Any, Any], Any]
@@ -116,7 +120,7 @@ def step_of(function: Function, arrays: list[Any], backward: bool) -> Callable[[
 
 def contest(settings: Settings) -> tuple[list[list[object]], list[dict[str, Any]]]:
     """Lines and records of all contenders, forward and forward + backward."""
-    arrays = inputs(SHAPE, settings.device)
+    arrays = inputs(SHAPE_CUDA if settings.cuda else SHAPE, settings.device)
     functions: dict[str, Function] = {}
     lines: list[list[object]] = []
     for name, make in makers(settings).items():
@@ -132,6 +136,10 @@ def contest(settings: Settings) -> tuple[list[list[object]], list[dict[str, Any]
         steps = {name: step_of(function, arrays, op != "forward") for name, function in functions.items()}
         if op == "forward" and OURS in functions:
             steps["scores alone"] = lambda: l1.l1_scores(*arrays[:2], eps=EPS)
+        if settings.cuda:
+            halves = [x.bfloat16() for x in arrays]
+            for name in sorted({OURS, "dot product"} & functions.keys()):
+                steps[f"{name}, bfloat16"] = step_of(functions[name], halves, op != "forward")
         for step in steps.values():
             step()
         times = time_interleaved(steps, settings)
@@ -143,6 +151,32 @@ def contest(settings: Settings) -> tuple[list[list[object]], list[dict[str, Any]
             lines.append([op, name, report.number(median), spread, report.number(ratio, "x"), ""])
             records.append({"op": op, "peer": name, "ms": median, "of ours": ratio, "rounds": len(series)})
     return lines, records
+
+
+def share_of_limit(milliseconds: float) -> dict[str, float]:
+    """What a forward pass makes of the limit of additions; only the terms of its scores count."""
+    limit = CudaLimit("forward", "float32")
+    fastest = 1 / statistics.median(limit.sample().wall for _ in range(LIMIT_SAMPLES))  # 1e9 terms/s
+    terms = math.prod(SHAPE_CUDA) / milliseconds / 1e6
+    return {"1e9 terms/s": terms, "limit, 1e9 terms/s": fastest, "share": terms / fastest}
+
+
+def decode(settings: Settings) -> list[list[object]]:
+    """One query against many keys: what is read is key and value, once."""
+    l1 = import_ours()
+    lines: list[list[object]] = []
+    for shape in DECODE_SHAPES[:1] if settings.quick else DECODE_SHAPES:
+        query, key, value, _ = inputs(shape, settings.device)
+
+        def step(given: tuple[Any, Any, Any] = (query, key, value)) -> Any:
+            return l1.l1_attention(*given, eps=EPS)
+
+        step()
+        series = time_interleaved({OURS: step}, settings)[OURS]
+        median, spread = statistics.median(series), report.spread(min(series), max(series))
+        bytes_read = 4 * (key.numel() + value.numel())
+        lines.append([str(shape), report.number(median), spread, report.number(bytes_read / median / 1e6), ""])
+    return lines
 
 
 def causal(settings: Settings) -> list[list[object]]:
@@ -167,8 +201,16 @@ def causal(settings: Settings) -> list[list[object]]:
 def attention(settings: Settings) -> dict[str, Any]:
     """Print all of it; the figures as a dictionary."""
     lines, records = contest(settings)
-    print(f"\nAttention, {SHAPE} float32: softmax(1 / (eps + distance)) @ value; dot product: torch's SDPA")
+    shape = SHAPE_CUDA if settings.cuda else SHAPE
+    print(f"\nAttention, {shape} float32: softmax(1 / (eps + distance)) @ value; dot product: torch's SDPA")
     print(report.table(["op", "peer", "ms", "min..max", "of ours", "note"], lines), flush=True)
+    forward = [record["ms"] for record in records if (record["op"], record["peer"]) == ("forward", OURS)]
+    share = share_of_limit(forward[0]) if settings.cuda and forward else {}
+    if share:
+        print("Forward of ours, terms of the scores: " + ", ".join(f"{name} {x:.3g}" for name, x in share.items()))
+    decoded = decode(settings)
+    print("\nAttention of ours, one query, float32")
+    print(report.table(["shape", "ms", "min..max", "GB/s", ""], decoded), flush=True)
     saved = causal(settings)
     print(f"\nAttention of ours, {CAUSAL_SHAPE} float32, ms")
     print(report.table(["op", "full", "causal", "faster by", ""], saved), flush=True)
@@ -181,4 +223,4 @@ def attention(settings: Settings) -> dict[str, Any]:
         figures = [report.number(found.get(key)) for key in ("peak_mib", "outputs_mib", "extra_mib", "seconds")]
         table.append([op, *figures, found.get("error", f"the matrix of scores would be {length**2 / 2**18:.0f} MiB")])
     print(report.table(["op", "added", "outputs", "beyond", "seconds", "note"], table), flush=True)
-    return {"contest": records, "causal": saved, "memory": memory}
+    return {"contest": records, "share": share, "decode": decoded, "causal": saved, "memory": memory}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import types
 
@@ -14,6 +15,9 @@ from l1attn_cupy import reference, testing
 from l1attn_cupy.integrations import transformers as integration
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: see the extra 'transformers'")
+
+# Arguments go by the names that all supported releases know.
+pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v:FutureWarning")
 
 #: Beside the model's own sizes: odd, and weights large enough that attention is far from uniform.
 SIZES = {"vocab_size": 61, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -63,7 +67,7 @@ def registered():
         transformers.AttentionInterface.register(
             f"naive{suffix}", lambda *args, score=score, **kwargs: naive_attention(*args, score=score, **kwargs)
         )
-        masks.register(f"naive{suffix}", masks()["eager" if score == "none" else "sdpa"])
+        masks.register(f"naive{suffix}", masks()["sdpa"])
 
 
 def make(name: str, implementation: str = "l1"):
@@ -136,7 +140,7 @@ def test_decode_equals_prefill(name, kind):
         cache = transformers.DynamicCache(config=model.config)
     ends = [0, 4, 7, *range(8, 14)]
     with torch.no_grad():
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in itertools.pairwise(ends):
             logits = model(ids[:, start:end], past_key_values=cache, use_cache=True).logits
             judge.check(logits, (slice(None), slice(start, end)))
 
@@ -218,6 +222,37 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         Judge("llama", inputs).check(compiled(**inputs).logits)
+
+
+def test_autocast():
+    """Rotary positions leave query and key in float32, beside a value in bfloat16."""
+    inputs, logits = {"input_ids": tokens(2, 9)}, {}
+    for implementation in ("l1", "naive"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = make("llama", implementation).train()(**inputs, labels=inputs["input_ids"])
+        loss.loss.backward()
+        logits[implementation] = loss.logits.detach()
+    exact = Judge("llama", inputs).exact
+    bound = testing.MULTIPLE * (logits["naive"] - exact).abs().max()
+    assert (logits["l1"] - exact).abs().max() <= bound < 0.5 * exact.abs().max()
+
+
+def test_encoder_decoder():
+    """Cross-attention: queries of one length, keys of another with padding."""
+    sizes = {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in
+             {"layers": 1, "attention_heads": 3, "ffn_dim": 17}.items()}  # fmt: skip
+    config = transformers.BartConfig(vocab_size=61, d_model=33, **sizes, max_position_embeddings=64)
+    inputs = padded([*tokens(1, 9), *tokens(1, 4, seed=1)], "right") | {"decoder_input_ids": tokens(2, 5)}
+    models = {}
+    for implementation in ("l1", "naive"):
+        torch.manual_seed(0)
+        auto = transformers.AutoModelForSeq2SeqLM
+        models[implementation] = auto.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    assert len(integration.check(models["l1"], **inputs)) == 3
+    with torch.no_grad():
+        ours, single = models["l1"](**inputs).logits, models["naive"](**inputs).logits
+        exact = models["naive"].double()(**inputs).logits
+    assert (ours - exact).abs().max() <= testing.MULTIPLE * (single - exact).abs().max() < 1e-2
 
 
 def test_packed_sequences_by_position_ids():
@@ -328,7 +363,10 @@ def test_check_fails_for_other_attention():
 @pytest.mark.parametrize("name", ["Bloom", "XLNet"])
 def test_check_fails_for_models_with_attention_of_their_own(name):
     """They take the name, and go on with the dot product."""
-    sizes = {"Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4}}
+    sizes = {
+        "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4},
+    }
     config = getattr(transformers, f"{name}Config")(vocab_size=61, **sizes[name])
     model = transformers.AutoModel.from_config(config, attn_implementation="l1").eval()
     with pytest.raises(ValueError, match=rf"got {name}Model .*0 modules called it and 2 ran without: .*{name}"):
@@ -369,6 +407,6 @@ def test_register_without_transformers(monkeypatch):
 
 
 def test_register_with_old_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="4.57.6"))
-    with pytest.raises(ImportError, match=r"needs transformers 5.2 or newer, got 4.57.6"):
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="5.2.0"))
+    with pytest.raises(ImportError, match=r"needs transformers 5.12 or newer, got 5.2.0"):
         integration.register()

@@ -15,16 +15,16 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import plan, plan_attention
+from .. import plan
 from ..attention import l1_attention
 
 if TYPE_CHECKING:
     import torch
 
 #: The first release with all that is used here; tests run with the one in constraints.txt.
-OLDEST = (5, 2)
+OLDEST = (5, 12)
 
-#: Arguments that models hand down and that do not change attention. "sliding_window" and "position_ids" are in the mask.
+#: Arguments that models hand down and that do not change attention; what position_ids mean is in the mask.
 _WITHOUT_EFFECT = frozenset(
     "cache_position deterministic logits_to_keep num_items_in_batch output_hidden_states output_router_logits "
     "position_ids return_dict use_cache".split()
@@ -48,9 +48,7 @@ _observers: list[Callable[[Any], None]] = []
 _registered: set[str] = set()
 
 
-def register(
-    *, score: str = "inverse", eps: float = 1e-3, scale: float | None = None, name: str = "l1"
-) -> str:
+def register(*, score: str = "inverse", eps: float = 1e-3, scale: float | None = None, name: str = "l1") -> str:
     """Make ``attn_implementation=name`` mean L1 attention, for every model that uses transformers' attention interface.
 
     Call it once in each process, before models are made or loaded. Again, with the same name, it changes the options of
@@ -61,8 +59,8 @@ def register(
     score, eps
         As in `l1attn_cupy.l1_attention`.
     scale : float, optional
-        Factor of the distances in all layers. By default each layer's own, which transformers passes as ``scaling``: the
-        factor of its dot product, ``head_dim ** -0.5`` in nearly all models.
+        Factor of the distances in all layers. By default each layer's own, which transformers passes as ``scaling``:
+        the factor of its dot product, ``head_dim ** -0.5`` in nearly all models.
     name : str
         What to give as ``attn_implementation``.
 
@@ -73,7 +71,7 @@ def register(
     Raises
     ------
     ImportError
-        transformers or torch is missing, or transformers is older than 5.2.
+        transformers or torch is missing, or transformers is older than 5.12.
     TypeError, ValueError
         An option is not one of `l1_attention`, or ``name`` has a meaning of its own in transformers.
 
@@ -229,6 +227,7 @@ def _attention_function(score: str, eps: float, scale: float | None) -> Callable
             _check_window(module, sliding_window, length_k)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         own = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value, attention_mask = _under_autocast(query, key, value, attention_mask)
         out = l1_attention(
             query,
             key,
@@ -246,13 +245,25 @@ def _attention_function(score: str, eps: float, scale: float | None) -> Callable
     return l1_attention_forward
 
 
+def _under_autocast(query: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
+    """In autocast's dtype, where it is on: rotary positions turn query and key back to float32, but not value."""
+    import torch
+
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind) or query.dtype is torch.float64:
+        return [query, *others]
+    dtype = torch.get_autocast_dtype(kind)
+    whole = (query, *others)
+    return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in whole]
+
+
 def _check_call(module: Any, dropout: float, others: dict[str, Any]) -> None:
     """Raise for what would be left out silently."""
     kind = type(module).__name__
     if dropout:
         raise NotImplementedError(
-            f"dropout of attention weights must be 0, as it is not built, got {dropout} from {kind}: set it to 0 in the "
-            "model's config (attention_dropout, attn_pdrop, attention_probs_dropout_prob, ...), or use model.eval()"
+            f"dropout of attention weights must be 0, as it is not built, got {dropout} from {kind}: set it to 0 in "
+            "the model's config (attention_dropout, attn_pdrop, attention_probs_dropout_prob, ...), or use model.eval()"
         )
     for argument, given in others.items():
         if given is None or given is False or argument in _WITHOUT_EFFECT:

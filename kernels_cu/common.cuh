@@ -36,12 +36,19 @@ struct Matrix {  // one matrix for each batch entry, its rows contiguous
     int64 row_stride;
 };
 
+struct Number {  // rounded by the host: a kernel would convert it again and again
+    double as_double;
+    float as_float;
+    int unused;
+    __device__ __forceinline__ operator acc_t() const { return DTYPE == F64 ? (acc_t)as_double : (acc_t)as_float; }
+};
+
 struct ScoresForward {
     Matrix q, k, out;                // (B, L, E), (B, S, E), (B, L, S)
     int batch_shape[MAX_BATCH_DIMS];  // B = their product; leading dimensions that are not there are 1
     int length_q, length_k, channels;
     int score;
-    double scale, eps;
+    Number scale, eps;
 };
 
 // One gradient. x is what to differentiate by, y the other array: for dq x is q and y is k, for dk the reverse.
@@ -58,7 +65,7 @@ struct ScoresBackward {
     Gradient dq, dk;
     int channels;
     int score;
-    double scale, eps;
+    Number scale, eps;
 };
 
 struct Attention {  // what forward and backward share
@@ -70,7 +77,7 @@ struct Attention {  // what forward and backward share
     int score;
     int mask_kind;                    // NO_MASK, BOOLEAN (bytes, 1 is to attend) or ADDITIVE (scalar_t)
     int left, right;                  // keys before and after its own place that a query attends to; -1: no limit
-    double scale, eps;
+    Number scale, eps;
 };
 
 struct AttentionForward {
@@ -243,7 +250,7 @@ __device__ __forceinline__ acc_t warp_distance(const scalar_t *q, const scalar_t
 }
 __device__ __forceinline__ acc_t score_of(acc_t distance, const Attention &a) {
     acc_t result[1] = {distance};
-    apply_score(result, a.score, (acc_t)a.scale, (acc_t)a.eps);
+    apply_score(result, a.score, a.scale, a.eps);
     return result[0];
 }
 
@@ -382,26 +389,27 @@ template <int N_DOWN, int N_ACROSS, int N, int M>
 __device__ __forceinline__ void store_scores(acc_t (&distance)[N][M], scalar_t *out, int64 stride, int row,
                                              int column, int q_count, int k_count, bool whole,
                                              const ScoresForward &p) {
+    apply_score((acc_t(&)[N * M])distance, p.score, p.scale, p.eps);
+    out += row * VEC * stride + column * VEC;
 #pragma unroll
     for (int r = 0; r < N; ++r) {
-        apply_score(distance[r], p.score, (acc_t)p.scale, (acc_t)p.eps);
         const int i = r / VEC * VEC * N_DOWN + row * VEC + r % VEC;
-        if (!whole && i >= q_count) continue;
 #pragma unroll
         for (int c = 0; c < M; c += VEC) {
             const int j = c * N_ACROSS + column * VEC;
+            scalar_t *to = out + c * N_ACROSS;
             Store scores;
 #pragma unroll
             for (int n = 0; n < VEC; ++n) scores.at[n] = to_scalar(distance[r][c + n]);
-            scalar_t *to = out + i * stride + j;
-            if (whole || (j + VEC <= k_count && aligned<Store>(to))) {
+            if (whole || (i < q_count && j + VEC <= k_count && aligned<Store>(to))) {
                 *(Store *)to = scores;
             } else {
 #pragma unroll
                 for (int n = 0; n < VEC; ++n) {
-                    if (j + n < k_count) to[n] = scores.at[n];
+                    if (i < q_count && j + n < k_count) to[n] = scores.at[n];
                 }
             }
         }
+        out += (r % VEC == VEC - 1 ? VEC * N_DOWN - VEC + 1 : 1) * stride;
     }
 }

@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
     const int block = is_dq ? blockIdx.x : blockIdx.x - dq_blocks;
     const int i = block / e_blocks % t.length_x, entry = block / e_blocks / t.length_x * t.summed;
     const int e = block % e_blocks * BLOCK_E + threadIdx.x;
-    const Derivative f(p.score, (acc_t)p.scale, (acc_t)p.eps);
+    const Derivative f(p.score, p.scale, p.eps);
     __shared__ acc_t h[BLOCK_Y];
 
     const acc_t x = e < p.channels ? to_acc(matrix(t.x, t.batch_shape, entry)[i * t.x.row_stride + e]) : 0;

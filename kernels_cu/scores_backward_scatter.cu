@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_backward(const Scor
 
     const scalar_t *grad = matrix(t.grad, t.batch_shape, b) + i0 * t.grad.row_stride + j0;
     const scalar_t *scores = matrix(t.scores, t.batch_shape, b) + i0 * t.scores.row_stride + j0;
-    const Derivative f(p.score, (acc_t)p.scale, (acc_t)p.eps);
+    const Derivative f(p.score, p.scale, p.eps);
     bool fast = true;
     for (int at = threadIdx.x; at < BLOCK_Q * BLOCK_K; at += THREADS) {
         const int i = at / BLOCK_K, j = at % BLOCK_K;

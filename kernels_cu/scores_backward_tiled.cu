@@ -11,7 +11,7 @@
 // largest |h| of the row. So chunks in which two rows are nearly equal, anything is not finite, or an h is so large that
 // their sum might overflow, go a slower way that is exact in ties and spreads NaN and infinity as the formula does.
 //
-// @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=3,4 rank=20
+// @variant  op=scores_backward dtypes=f32,f16,bf16 BLOCK_X=64 BLOCK_E=64 BLOCK_Y=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=4,3 rank=20
 // @variant  op=scores_backward dtypes=f64 BLOCK_X=64 BLOCK_E=32 BLOCK_Y=16 ROWS=4 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2 rank=20
 
 const int ACROSS = BLOCK_E / CHANNELS, DOWN = BLOCK_X / ROWS;  // threads along the channels and the rows of the tile
@@ -29,10 +29,13 @@ struct Chunk {
     static const int H_MINE = (BLOCK_X * BLOCK_Y / LOAD + THREADS - 1) / THREADS;  // 128-bit loads of a thread
     static const int Y_MINE = (BLOCK_Y * BLOCK_E / LOAD + THREADS - 1) / THREADS;
     static const int Y_APART = THREADS / (BLOCK_E / LOAD);  // rows of y that all threads load at once
+    // Whether the last of these loads is one for every thread.
+    static const bool H_EVEN = BLOCK_X * BLOCK_Y / LOAD % THREADS == 0, Y_EVEN = BLOCK_Y * BLOCK_E / LOAD % THREADS == 0;
     Load grad[H_MINE], scores[H_MINE], y[Y_MINE];
     const scalar_t *y_from, *grad_from, *scores_from;  // this thread's first numbers of the next chunk
     int j0;                                            // its first row of y
     int y_row, y_column, h_row, h_column, h_apart;     // this thread's place in it; rows of h that are loaded at once
+    bool even;                                         // whether all rows are aligned to 128 bits
 
     __device__ __forceinline__ Chunk(bool x_is_row) {
         const int width = x_is_row ? BLOCK_Y : BLOCK_X;
@@ -47,9 +50,31 @@ struct Chunk {
         grad_from = matrix(t.grad, t.batch_shape, index) + row * t.grad.row_stride + column;
         scores_from = matrix(t.scores, t.batch_shape, index) + row * t.scores.row_stride + column;
         j0 = 0;
+        even = aligned_rows(y_from, t.y.row_stride) && aligned_rows(grad_from, t.grad.row_stride) &&
+               aligned_rows(scores_from, t.scores.row_stride);
     }
     __device__ __forceinline__ void fetch(const Gradient &t, int x_count, int channels, bool curved) {
         const int y_count = min(BLOCK_Y, t.length_y - j0);
+        const bool whole = even && H_EVEN && Y_EVEN && y_count == BLOCK_Y && x_count == BLOCK_X && channels == BLOCK_E;
+        if (whole) {  // nothing to check at each access
+#pragma unroll
+            for (int n = 0; n < Y_MINE; ++n) y[n] = *(const Load *)(y_from + n * Y_APART * t.y.row_stride);
+            const int64 apart = h_apart * t.grad.row_stride, s_apart = h_apart * t.scores.row_stride;
+#pragma unroll
+            for (int n = 0; n < H_MINE; ++n) grad[n] = *(const Load *)(grad_from + n * apart);
+            if (curved) {
+#pragma unroll
+                for (int n = 0; n < H_MINE; ++n) scores[n] = *(const Load *)(scores_from + n * s_apart);
+            }
+        } else {
+            fetch_some(t, x_count, y_count, channels, curved);
+        }
+        y_from += BLOCK_Y * t.y.row_stride;
+        grad_from += t.x_is_row ? BLOCK_Y : BLOCK_Y * t.grad.row_stride;
+        scores_from += t.x_is_row ? BLOCK_Y : BLOCK_Y * t.scores.row_stride;
+        j0 += BLOCK_Y;
+    }
+    __device__ __forceinline__ void fetch_some(const Gradient &t, int x_count, int y_count, int channels, bool curved) {
 #pragma unroll
         for (int n = 0; n < Y_MINE; ++n) {
             const int count = y_row + n * Y_APART < y_count ? channels - y_column : 0;
@@ -62,20 +87,15 @@ struct Chunk {
             grad[n] = load(grad_from + n * h_apart * t.grad.row_stride, count);
             if (curved) scores[n] = load(scores_from + n * h_apart * t.scores.row_stride, count);
         }
-        y_from += BLOCK_Y * t.y.row_stride;
-        grad_from += t.x_is_row ? BLOCK_Y : BLOCK_Y * t.grad.row_stride;
-        scores_from += t.x_is_row ? BLOCK_Y : BLOCK_Y * t.scores.row_stride;
-        j0 += BLOCK_Y;
     }
 
     // To h[y][x] and y_rows[y][channel]. Returns whether the fast way will do for it.
     __device__ __forceinline__ bool put(acc_t (*h)[STRIDE], acc_t (*y_rows)[BLOCK_E], bool x_is_row,
                                         const Derivative &f) const {
-        acc_t zero = 0;  // stays 0 while all numbers of y are finite
-        bool fast = true;
+        acc_t zero = 0, largest = 0, largest_score = 0;  // the first stays 0 while all numbers are finite
 #pragma unroll
         for (int n = 0; n < Y_MINE; ++n) {
-            if (y_row + n * Y_APART >= BLOCK_Y) break;
+            if (!Y_EVEN && y_row + n * Y_APART >= BLOCK_Y) break;
 #pragma unroll
             for (int i = 0; i < LOAD; ++i) {
                 const acc_t value = to_acc(y[n].at[i]);
@@ -86,16 +106,18 @@ struct Chunk {
 #pragma unroll
         for (int n = 0; n < H_MINE; ++n) {
             const int r = h_row + n * h_apart;
-            if (r >= (x_is_row ? BLOCK_X : BLOCK_Y)) break;
+            if (!H_EVEN && r >= (x_is_row ? BLOCK_X : BLOCK_Y)) break;
 #pragma unroll
             for (int i = 0; i < LOAD; ++i) {
                 const acc_t s = f.curved ? to_acc(scores[n].at[i]) : 0;
                 const acc_t value = to_acc(grad[n].at[i]) * f(s);
-                fast = fast && absolute(value) < LARGE && !(s > f.nearly_equal);
+                zero = multiply_add(value, 0, zero);
+                largest = max(largest, absolute(value));
+                largest_score = max(largest_score, s);
                 h[x_is_row ? h_column + i : r][x_is_row ? r : h_column + i] = value;
             }
         }
-        return fast && zero == 0;
+        return zero == 0 && largest < LARGE && !(largest_score > f.nearly_equal);
     }
 };
 
@@ -109,7 +131,14 @@ __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *row, int thr
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_backward(const ScoresBackward p) {
+// From sm_100 on the compiler packs floats in pairs, and needs more registers for it.
+#if !defined(L1ATTN_EMULATOR) && __CUDA_ARCH__ >= 1000
+const int RESIDENT = 2;
+#else
+const int RESIDENT = BLOCKS_PER_SM;
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scores_backward(const ScoresBackward p) {
     const unsigned e_blocks = ceil_div(p.channels, BLOCK_E);
     const unsigned dq_blocks = p.dq.length_x > 0 ? p.dq.kept * ceil_div(p.dq.length_x, BLOCK_X) * e_blocks : 0;
     const bool is_dq = blockIdx.x < dq_blocks;
@@ -136,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_back
         }
     }
 
-    const Derivative f(p.score, (acc_t)p.scale, (acc_t)p.eps);
+    const Derivative f(p.score, p.scale, p.eps);
     const int y_blocks = ceil_div(t.length_y, BLOCK_Y), chunks = t.summed * y_blocks;
     Chunk next(t.x_is_row);
     if (chunks > 0) {

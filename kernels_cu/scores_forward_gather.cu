@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scores_forward(const Score
     const int column = threadIdx.x;
     if (column < BLOCK_K && j0 + column < p.length_k) {
         acc_t result[1] = {distance[column]};
-        apply_score(result, p.score, (acc_t)p.scale, (acc_t)p.eps);
+        apply_score(result, p.score, p.scale, p.eps);
         out[j0 + column] = to_scalar(result[0]);
     }
 }

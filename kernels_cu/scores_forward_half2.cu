@@ -127,7 +127,7 @@ __device__ __forceinline__ void store_exact(scalar_t *to, const scalar_t *q, con
         acc_t distance[1] = {0};
 #pragma unroll 1
         for (int e = 0; e < p.channels; ++e) distance[0] += absolute(to_acc(q[e]) - to_acc(k[e]));
-        apply_score(distance, p.score, (acc_t)p.scale, (acc_t)p.eps);
+        apply_score(distance, p.score, p.scale, p.eps);
         to[n] = to_scalar(distance[0]);
     }
 }
@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) scores_forw
             x[n] = x[n] < 0 ? 0 : multiply_add(x[n], 0, x[n]);  // rounded below 0; infinity becomes NaN
             zero = multiply_add(x[n], 0, zero);
         }
-        apply_score(x, p.score, (acc_t)p.scale, (acc_t)p.eps);
+        apply_score(x, p.score, p.scale, p.eps);
         scalar_t *to = out + m * 8 * p.out.row_stride;
         if (i_warp + m * 8 < q_count) {
 #pragma unroll

@@ -32,9 +32,14 @@ struct Chunk {
                                           bool whole) {
         const int e = threadIdx.x % BLOCK_E, first = threadIdx.x / BLOCK_E;
         const scalar_t *from = rows + first * stride + e;
+        if (whole) {
 #pragma unroll
-        for (int n = 0; n < BLOCK; n += STEP, from += STEP * stride) {
-            copy_async<scalar_t>(&chunk[e][first + n], from, whole || (first + n < count && e < channels));
+            for (int n = 0; n < BLOCK; n += STEP, from += STEP * stride) copy_async<scalar_t>(&chunk[e][first + n], from);
+        } else {
+#pragma unroll
+            for (int n = 0; n < BLOCK; n += STEP, from += STEP * stride) {
+                copy_async<scalar_t>(&chunk[e][first + n], from, first + n < count && e < channels);
+            }
         }
     }
     __device__ __forceinline__ void put(Shared &) const { wait_async(); }

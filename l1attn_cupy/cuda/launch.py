@@ -24,13 +24,14 @@ MAX_BATCH_DIMS = 6
 _MAX_BLOCKS = 2**31 - 1
 _ADDRESS = struct.Struct("Q")
 
+_NUMBER = np.dtype([("as_double", "f8"), ("as_float", "f4"), ("unused", "i4")], align=True)
 _MATRIX = np.dtype([("data", "u8"), ("batch_stride", "i8", MAX_BATCH_DIMS), ("row_stride", "i8")], align=True)
 _SCORES_FORWARD = np.dtype(
     [
         *((name, _MATRIX) for name in ("q", "k", "out")),
         ("batch_shape", "i4", MAX_BATCH_DIMS),
         *((name, "i4") for name in ("length_q", "length_k", "channels", "score")),
-        *((name, "f8") for name in ("scale", "eps")),
+        *((name, _NUMBER) for name in ("scale", "eps")),
     ],
     align=True,
 )
@@ -46,7 +47,7 @@ _SCORES_BACKWARD = np.dtype(
     [
         *((name, _GRADIENT) for name in ("dq", "dk")),
         *((name, "i4") for name in ("channels", "score")),
-        *((name, "f8") for name in ("scale", "eps")),
+        *((name, _NUMBER) for name in ("scale", "eps")),
     ],
     align=True,
 )
@@ -181,7 +182,14 @@ def _fill_batch(args: np.ndarray, batch: Shape, specs: Mapping[str, ArraySpec], 
 
 
 def _fill_options(args: np.ndarray, plan: Plan) -> None:
-    args["score"], args["scale"], args["eps"] = SCORES[plan.options.score], plan.options.scale, plan.options.eps
+    args["score"] = SCORES[plan.options.score]
+    args["scale"], args["eps"] = _number(plan.options.scale), _number(plan.options.eps)
+
+
+def _number(value: float) -> tuple[float, np.float32, int]:
+    """A struct Number; in float32 it may be 0 or infinite, as it would be in the kernel."""
+    with np.errstate(over="ignore", under="ignore"):
+        return value, np.float32(value), 0
 
 
 def _tiles(length: int, variant: Variant, block: str) -> int:

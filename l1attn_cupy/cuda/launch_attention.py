@@ -13,7 +13,7 @@ from ..functions import SCORES
 from ..plan import ArraySpec, batch_strides, broadcast_dims, collapse
 from ..plan_attention import AttentionPlan
 from . import registry
-from .launch import _MATRIX, MAX_BATCH_DIMS, Launch, _launch, _offset, _pick, _tiles
+from .launch import _MATRIX, _NUMBER, MAX_BATCH_DIMS, Launch, _launch, _number, _offset, _pick, _tiles
 
 NO_MASK, BOOLEAN, ADDITIVE = range(3)
 _MOST = 2**31 - 1
@@ -25,7 +25,7 @@ _ATTENTION = np.dtype(
         ("batch_shape", "i4", MAX_BATCH_DIMS),
         *((name, "i4") for name in ("length_q", "length_k", "channels", "channels_v", "score", "mask_kind")),
         *((name, "i4") for name in ("left", "right")),
-        *((name, "f8") for name in ("scale", "eps")),
+        *((name, _NUMBER) for name in ("scale", "eps")),
     ],
     align=True,
 )
@@ -165,7 +165,7 @@ def _fill_attention(attention: np.ndarray, plan: AttentionPlan, specs: Mapping[s
     attention["length_q"], attention["length_k"] = plan.length_q, plan.length_k
     attention["channels"], attention["channels_v"] = plan.channels, plan.channels_v
     attention["score"] = SCORES[plan.options.score]
-    attention["scale"], attention["eps"] = plan.options.scale, plan.options.eps
+    attention["scale"], attention["eps"] = _number(plan.options.scale), _number(plan.options.eps)
     attention["left"], attention["right"] = (min(n, _MOST) for n in plan.window)
     if plan.mask is not None:
         attention["mask_kind"] = BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE

@@ -74,7 +74,10 @@ def test_jax_is_not_copied():
     assert arrays.accept("query", query).__array_interface__["data"][0] == query.unsafe_buffer_pointer()
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, lambda f: jax.grad(lambda *given: f(*given).sum())])
+TRANSFORMS = {"jit": jax.jit, "vmap": jax.vmap, "grad": lambda f: jax.grad(lambda *given: f(*given).sum())}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_jax_traced(transform):
     """While JAX traces a function, arrays hold no numbers."""
     query = jnp.ones((2, 33, 17))

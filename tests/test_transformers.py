@@ -265,6 +265,22 @@ def test_packed_sequences_by_position_ids():
             Judge("llama", {"input_ids": row[None]}).check(logits[None])
 
 
+def test_shared_heads_are_not_copied(monkeypatch):
+    """Six heads of query come beside two of key and value, which the cache holds in its own memory."""
+    seen = []
+
+    def spy(query, key, value, *args, **options):
+        seen.append((query.shape[1], key.shape[1], value.shape[1], key.data_ptr()))
+        return real(query, key, value, *args, **options)
+
+    real = integration.l1_attention
+    monkeypatch.setattr(integration, "l1_attention", spy)
+    model, cache = make("llama"), transformers.DynamicCache()
+    with torch.no_grad():
+        model(tokens(1, 7), past_key_values=cache)
+    assert seen == [(6, 2, 2, layer.keys.data_ptr()) for layer in cache.layers]
+
+
 def test_register_options_reach_the_attention():
     """And a second call with the same name replaces them."""
     model, ids = make("llama"), tokens(1, 9)
@@ -381,6 +397,17 @@ def test_check_fails_for_a_model_in_part_of_other_attention():
     layer.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match=r"1 modules called it and 1 ran without: model.layers.1.self_attn"):
         integration.check(model, tokens(1, 5))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_check_of_a_compiled_model(in_place):
+    """Its graph calls no function of ours that could be counted."""
+    model = make("llama")
+    compiled = torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"model must not be compiled, got .*: count calls before torch.compile"):
+        integration.check(model if in_place else compiled, tokens(1, 5))
 
 
 def test_check_leaves_nothing_behind():

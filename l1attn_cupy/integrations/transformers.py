@@ -112,7 +112,7 @@ def check(model: Any, *args: Any, **inputs: Any) -> dict[str, int]:
     ------
     ValueError
         No module called L1 attention, or one that has "Attention" in the name of its class ran and did not. Models such
-        as Bloom and XLNet take any ``attn_implementation`` and go on with their own.
+        as Bloom and XLNet take any ``attn_implementation`` and go on with their own. Or ``model`` is compiled.
     """
     import torch
 
@@ -137,7 +137,7 @@ def count_calls(model: torch.nn.Module) -> Iterator[dict[str, int]]:
     Parameters
     ----------
     model : torch.nn.Module
-        As it was before `torch.compile`.
+        As it was before `torch.compile`, which leaves no call to be seen.
 
     Yields
     ------
@@ -145,7 +145,14 @@ def count_calls(model: torch.nn.Module) -> Iterator[dict[str, int]]:
         Calls of each module of ``model``, by its name. With 0 are modules whose class has "Attention" in its name and
         that ran without a call, neither by themselves nor by a module in or around them. They are known once the
         context is closed.
+
+    Raises
+    ------
+    ValueError
+        ``model`` is compiled.
     """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"model must not be compiled, got {type(model).__name__}: count calls before torch.compile")
     names = {module: name for name, module in model.named_modules()}
     calls: dict[str, int] = {}
     ran: dict[str, None] = {}
@@ -157,7 +164,7 @@ def count_calls(model: torch.nn.Module) -> Iterator[dict[str, int]]:
     def hook(module: Any, *_: Any) -> None:
         ran[names[module]] = None
 
-    suspects = [module for module in names if "attention" in type(module).__name__.lower()]
+    suspects = [module for module, name in names.items() if name and "attention" in type(module).__name__.lower()]
     handles = [module.register_forward_pre_hook(hook) for module in suspects]
     _observers.append(observe)
     try:

@@ -21,7 +21,7 @@ from ..attention import l1_attention
 if TYPE_CHECKING:
     import torch
 
-#: The first release with all that is used here; tests run with the one in constraints.txt.
+#: The oldest release that was tested; 5.2 records attention weights in a way that cannot be noticed here.
 OLDEST = (5, 12)
 
 #: Arguments that models hand down and that do not change attention; what position_ids mean is in the mask.

@@ -66,30 +66,38 @@ def accept(name: str, array: Any) -> Any:
         return array
     if not all(hasattr(array, attribute) for attribute in ("__dlpack__", "__dlpack_device__", "shape", "dtype")):
         kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
+        advice = "; inside jax.jit, jax.grad or jax.vmap call it through jax.pure_callback" if _is_traced(array) else ""
         raise TypeError(
-            f"{name} must be a NumPy or CuPy array, a torch tensor or another array that speaks DLPack, got {kind}"
+            f"{name} must be a NumPy or CuPy array, a torch tensor or another array that speaks DLPack, "
+            f"got {kind}{advice}"
         )
     return _accept_dlpack(name, array)
 
 
+def _is_traced(array: Any) -> bool:
+    """Whether ``array`` is what JAX puts in place of an array while it traces a function: there are no numbers yet."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.core.Tracer)
+
+
 def _accept_dlpack(name: str, array: Any) -> Any:
     """An array of another library: as a NumPy array, or as a torch tensor where NumPy lacks its dtype."""
-    device_type = int(array.__dlpack_device__()[0])
-    if device_type != 1:
-        raise ValueError(
-            f"{name} must be on the CPU or on a CUDA device, got an array of {type(array).__module__} "
-            f"with DLPack device type {device_type}"
-        )
     dtype = getattr(array.dtype, "name", str(array.dtype)).rpartition(".")[2]
     try:
-        if dtype == "bfloat16":
+        device_type = int(array.__dlpack_device__()[0])
+        if device_type == 1 and dtype == "bfloat16":
             return importlib.import_module("torch").from_dlpack(array)
-        return np.from_dlpack(array)
+        if device_type == 1:
+            return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ImportError) as error:
         raise TypeError(
             f"{name} must be an array whose memory DLPack can lend, got {type(array).__module__} "
             f"{type(array).__qualname__} of dtype {dtype}: {error}"
         ) from error
+    raise ValueError(
+        f"{name} must be on the CPU or on a CUDA device, got an array of {type(array).__module__} "
+        f"with DLPack device type {device_type}"
+    )
 
 
 def give_back(result: Any, like: Any) -> Any:

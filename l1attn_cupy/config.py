@@ -9,7 +9,18 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("numpy", "numba", "llvmlite", "tbb", "torch", "cupy-cuda12x", "cupy-cuda13x", "ml_dtypes")
+PACKAGES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "tbb",
+    "torch",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "ml_dtypes",
+    "transformers",
+    "jax",
+)
 
 
 class Backend(NamedTuple):

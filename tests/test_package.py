@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -155,10 +156,26 @@ def readme_examples() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
-def test_readme_examples_run():
+def runnable(example: str):
+    """The example, with the mark that what it imports asks for."""
+    imported = set(re.findall(r"^import (\w+)", example, re.MULTILINE))
+    name = " ".join(re.findall(r"^\w.*", example, re.MULTILINE)[-1].split())[:40]
+    if "cupy" in imported:
+        return pytest.param(example, id=name, marks=pytest.mark.gpu)
+    lacking = sorted(module for module in imported & {"jax", "transformers"} if not importlib.util.find_spec(module))
+    return pytest.param(
+        example, id=name, marks=pytest.mark.skipif(bool(lacking), reason=f"{lacking} of an example is not installed")
+    )
+
+
+def test_readme_has_examples_that_parse():
+    """Those that cannot run here too."""
+    assert len(readme_examples()) >= 5 or not README.exists()
+    for example in readme_examples():
+        compile(example, str(README), "exec")
+
+
+@pytest.mark.parametrize("example", [runnable(example) for example in readme_examples()])
+def test_readme_examples_run(example):
     """Each on its own, so that a reader can copy any of them."""
-    examples = readme_examples()
-    assert examples
-    for example in examples:
-        run(example)
+    run(example)

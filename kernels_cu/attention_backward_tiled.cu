@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const int all_first = of_key ? first_query(a, x_last) : first_key(a, x_last);
     const int all_end = of_key ? end_of_queries(a, x0) : end_of_keys(a, x0);
     const int end = of_key ? end_of_queries(a, x_last) : end_of_keys(a, x_last);
-    const Derivative f(a.score, (acc_t)a.scale, (acc_t)a.eps);
+    const Derivative f(a.score, a.scale, a.eps);
     for (int b = entry; b < entry + p.s.summed; ++b) {
         const int64 mask = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
         int y0 = of_key ? first_query(a, x0) : first_key(a, x0);
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
             if (some) fetch_mask(tiles.factors, a, mask, of_key, x0, y0);
 #pragma unroll
             for (int r = 0; r < OWN_X; ++r) {  // scores become weights, times the derivative for dx
-                apply_score(scores[r], a.score, (acc_t)a.scale, (acc_t)a.eps);
+                apply_score(scores[r], a.score, a.scale, a.eps);
 #pragma unroll
                 for (int c = 0; c < OWN_Y; ++c) {
                     const int x_place = place(r, threadIdx.x / ACROSS, DOWN), y_place = place(c, threadIdx.x % ACROSS, ACROSS);

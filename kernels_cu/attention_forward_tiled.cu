@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
         if (some) rows.fetch_mask(tiles.weights, a, mask, i0, j0);
 #pragma unroll
         for (int r = 0; r < OWN_Q; ++r) {
-            apply_score(scores[r], a.score, (acc_t)a.scale, (acc_t)a.eps);
+            apply_score(scores[r], a.score, a.scale, a.eps);
 #pragma unroll
             for (int c = 0; c < OWN_K; ++c) {
                 scores[r][c] = with_mask(scores[r][c], some ? tiles.weights[rows.query(r)][rows.key(c)] : 0);

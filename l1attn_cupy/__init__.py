@@ -8,8 +8,15 @@
 Importing this package imports NumPy alone; Numba, torch and CuPy follow when a call needs them.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .api import l1_scores, l1_scores_backward, show_config, variants
 from .attention import l1_attention, l1_attention_backward, l1_attention_varlen
+
+if TYPE_CHECKING:
+    from .modules import L1MultiheadAttention as L1MultiheadAttention
 
 __all__ = [
     "l1_attention",
@@ -21,3 +28,18 @@ __all__ = [
     "variants",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is asked for, and is not in ``__all__``."""
+    if name != "L1MultiheadAttention":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import modules
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs torch ({error}): pip install 'l1attn_cupy[torch]'") from error
+    return modules.L1MultiheadAttention
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "L1MultiheadAttention"]

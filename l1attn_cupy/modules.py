@@ -1,0 +1,217 @@
+"""Modules for torch; `l1attn_cupy` offers them by their names, and imports torch when it is asked for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from . import arrays, composition, plan_attention, plan_modules
+from .attention import l1_attention
+
+
+class L1MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` with L1 attention: the same arguments, parameters, ``state_dict`` and results.
+
+    Parameters
+    ----------
+    embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        As in `torch.nn.MultiheadAttention`.
+    score, eps
+        As in `l1_attention`.
+    scale : float, optional
+        What distances are multiplied by; ``head_dim ** -0.5`` by default.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option or, in a call, a tensor does not fit.
+
+    Notes
+    -----
+    Fused attention in linear memory needs ``need_weights=False`` in the call (True is torch's default), and no dropout
+    or ``eval()``. Otherwise the weights are made, in memory that grows with L * S.
+
+    In ``attn_mask`` and ``key_padding_mask`` True is for what may not be attended to, as in torch. A query that may
+    attend to no key gives the bias of ``out_proj``, where torch gives NaN. ``is_causal`` need not come with a mask; where
+    it comes with one, it says that the mask is the causal one, as in torch. Torch's fast path, which is a dot product,
+    is never taken, also not by `torch.nn.TransformerEncoderLayer`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> attention = L1MultiheadAttention(12, 3, batch_first=True)
+    >>> x = torch.randn(2, 5, 12)
+    >>> out, weights = attention(x, x, x)
+    >>> out.shape, weights.shape
+    (torch.Size([2, 5, 12]), torch.Size([2, 5, 5]))
+
+    In torch's encoder:
+
+    >>> layer = torch.nn.TransformerEncoderLayer(12, 3, batch_first=True)
+    >>> layer.self_attn = L1MultiheadAttention(12, 3, dropout=0.1, batch_first=True)
+    >>> layer(x).shape
+    torch.Size([2, 5, 12])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        score: str = "inverse",
+        scale: float | None = None,
+        eps: float = 1e-3,
+    ) -> None:
+        plan_modules.multihead_options(embed_dim, num_heads, dropout, score, scale, eps)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self.score, self.eps = score, float(eps)
+        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+
+    def _reset_parameters(self) -> None:
+        """Also says to torch's encoder that its fast path is not for this module; `in_proj_weight` tells what is so."""
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.embed_dim}, {self.num_heads}, score={self.score!r}, scale={self.scale:.4g}, eps={self.eps}"
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `torch.nn.MultiheadAttention.forward`."""
+        self._check(query, key, value, attn_mask, key_padding_mask)
+        batched = query.dim() == 3
+        if batched and not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        q, k, v = self._project(query, key, value)
+        more = k.shape[2] - key.shape[1]
+        if is_causal and more:  # what is appended to the keys is there for every query
+            later = torch.ones(q.shape[2], key.shape[1], dtype=torch.bool, device=q.device).triu(1)
+            attn_mask, is_causal = later if attn_mask is None else attn_mask, False
+        mask = _merged(None if is_causal else attn_mask, key_padding_mask, self.num_heads, more, q.dtype)
+        out, weights = self._attend(q, k, v, mask, need_weights, is_causal)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _check(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        key_padding_mask: torch.Tensor | None,
+    ) -> None:
+        if query.is_nested or key.is_nested or value.is_nested:
+            plan_modules.multihead_nested()
+        shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        plan_modules.multihead_inputs(*shapes, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
+        batched, first = query.dim() == 3, self.batch_first or query.dim() == 2
+        sizes = query.shape[0 if first else 1] if batched else 0, self.num_heads
+        masks = (None if m is None else (tuple(m.shape), arrays.describe(m).dtype) for m in (attn_mask, key_padding_mask))
+        lengths = (query.shape[-2], key.shape[-2]) if first else (query.shape[0], key.shape[0])
+        plan_modules.multihead_masks(*masks, (*sizes, *lengths))
+
+    def _project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query (batch, heads, L, E), and key and value (batch, heads, S and what is appended, E)."""
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        if query is key and key is value and self.in_proj_weight is not None:
+            q, k, v = functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            q, k, v = (
+                functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            )
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (
+                torch.cat([x, more.to(x.dtype).expand(x.shape[0], 1, -1)], 1)
+                for x, more in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        return self._heads(q), self._heads(k), self._heads(v)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        need_weights: bool,
+        is_causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Out and, where they are needed, the weights, after dropout as torch returns them."""
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights and not dropout:
+            call = {"score": self.score, "scale": self.scale, "eps": self.eps}
+            return l1_attention(q, k, v, mask, is_causal=is_causal, **call), None
+        options = plan_attention.option_types(
+            False, is_causal, None, self.score, self.scale, self.eps, None, None
+        )
+        weights, _, value = composition.softmax(q, k, v, mask, options)
+        weights = functional.dropout(weights, dropout)
+        out = (weights @ value).to(v.dtype)
+        return out, weights.to(v.dtype) if need_weights else None
+
+
+def _merged(
+    attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, heads: int, more: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Both masks as one that `l1_attention` takes; ``more`` keys were appended, which all may attend to."""
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unflatten(0, (-1, heads))
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.unsqueeze(1).unsqueeze(1)
+    given = [functional.pad(m, (0, more)) if more else m for m in (attn_mask, key_padding_mask) if m is not None]
+    if not given:
+        return None
+    if all(m.dtype is torch.bool for m in given):
+        excluded = given[0] | given[-1]
+        return ~excluded
+    added = (_added(m, dtype) for m in given)
+    return sum(added, start=torch.zeros((), dtype=dtype, device=given[0].device))
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores."""
+    if mask.dtype is torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+    return mask.to(dtype)

@@ -1,0 +1,69 @@
+"""Checks of the torch modules, and their error messages; as `plan`, of which it uses the parts."""
+
+from __future__ import annotations
+
+from . import plan
+from .plan import Shape
+
+
+def multihead_options(embed_dim: int, num_heads: int, dropout: float, score: str, scale: float | None, eps: float) -> None:
+    """Check the options of `L1MultiheadAttention`."""
+    for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        if isinstance(number, bool) or not isinstance(number, int) or number <= 0:
+            raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim must be a multiple of num_heads {num_heads}, got {embed_dim}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
+    plan.check_options(*plan.option_types(score, 1.0 if scale is None else scale, eps, None, None), "cpu")
+
+
+def multihead_inputs(
+    query: Shape, key: Shape, value: Shape, channels: tuple[int, int, int], batch_first: bool
+) -> None:
+    """Check the shapes of a call; ``channels`` are embed_dim, kdim and vdim."""
+    for name, shape, own in zip(("query", "key", "value"), (query, key, value), channels, strict=True):
+        if len(shape) not in (2, 3):
+            raise ValueError(f"{name} must have 3 dimensions, or 2 without a batch, got {shape}")
+        if len(shape) != len(query):
+            raise ValueError(f"{name} must have {len(query)} dimensions to match query {query}, got {shape}")
+        if shape[-1] != own:
+            raise ValueError(f"{name} must have {own} channels, got {shape}")
+    if value[:-1] != key[:-1]:
+        raise ValueError(f"value must have the batch and length {key[:-1]} of key, got {value}")
+    batch = 0 if batch_first else 1
+    if len(query) == 3 and key[batch] != query[batch]:
+        raise ValueError(f"key must have a batch of {query[batch]} to match query {query}, got {key}")
+
+
+def multihead_nested() -> None:
+    """Raise for nested tensors."""
+    raise TypeError(
+        "query, key and value must be dense tensors, got a nested one; torch.nn.TransformerEncoder makes it of padded "
+        "batches: give it enable_nested_tensor=False, or replace self_attn before the encoder is built"
+    )
+
+
+def multihead_masks(
+    attn_mask: tuple[Shape, str] | None, key_padding_mask: tuple[Shape, str] | None, sizes: tuple[int, int, int, int]
+) -> None:
+    """Check shapes and dtypes of the masks; ``sizes`` are batch (0 for none), heads, L and S."""
+    batch, heads, length_q, length_k = sizes
+    matrices = max(batch, 1) * heads
+    for name, given, shapes in (
+        ("attn_mask", attn_mask, [(length_q, length_k), (matrices, length_q, length_k)]),
+        ("key_padding_mask", key_padding_mask, [(batch, length_k) if batch else (length_k,)]),
+    ):
+        if given is None:
+            continue
+        shape, dtype = given
+        if dtype != "bool" and dtype not in plan.DTYPES:
+            raise TypeError(f"{name} must be bool, True where attention is not allowed, or floating-point, got {dtype}")
+        if shape not in shapes:
+            raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {shape}")
+
+
+def original_layout(name: str, shape: Shape) -> None:
+    """Check an array of the original library's layout."""
+    if len(shape) != 4 or shape[-1] == 0:
+        raise ValueError(f"{name} must have the shape (batch, ctx, heads, width), got {shape}")

@@ -1,0 +1,359 @@
+"""`L1MultiheadAttention` beside `torch.nn.MultiheadAttention`, and the module of the original library."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import assert_identical
+from torch.nn import functional
+
+import l1attn_cupy as l1
+from l1attn_cupy import plan_modules, reference
+from l1attn_cupy.compat import L1Attn
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Support for mismatched key_padding_mask", "ignore:.*torch.jit:DeprecationWarning"
+)
+
+EMBED, HEADS, BATCH, L, S = 20, 5, 3, 7, 9
+
+CONFIGS = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "kdim, vdim": {"kdim": 11, "vdim": 13, "batch_first": True},
+    "no bias": {"bias": False},
+    "bias_kv": {"add_bias_kv": True, "batch_first": True},
+    "zero_attn": {"add_zero_attn": True},
+    "all": {"add_bias_kv": True, "add_zero_attn": True, "kdim": 11, "vdim": 13},
+}
+
+
+def dot_product_by_l1(monkeypatch):
+    """Makes L1 attention a dot product: what is left is all that the module has in common with torch's."""
+
+    def scores(query, key, score, scale, eps, backend, variant):
+        return scale * query @ key.mT
+
+    def attention(query, key, value, mask, *, is_causal, scale, **_):
+        return functional.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
+
+    monkeypatch.setattr("l1attn_cupy.autograd.l1_scores", scores)
+    monkeypatch.setattr("l1attn_cupy.modules.l1_attention", attention)
+
+
+def pair(**config):
+    """Torch's module and ours with its weights, in float64."""
+    torch.manual_seed(0)
+    torchs = torch.nn.MultiheadAttention(EMBED, HEADS, dtype=torch.float64, **config)
+    for parameter in torchs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    ours = l1.L1MultiheadAttention(EMBED, HEADS, dtype=torch.float64, **config)
+    ours.load_state_dict(torchs.state_dict())
+    return torchs, ours
+
+
+def inputs(config, batched=True):
+    generator = torch.Generator().manual_seed(1)
+    widths = EMBED, config.get("kdim", EMBED), config.get("vdim", EMBED)
+    found = []
+    for length, width in zip((L, S, S), widths, strict=True):
+        shape = (BATCH, length) if config.get("batch_first") else (length, BATCH)
+        shape = (*shape, width) if batched else (length, width)
+        found.append(torch.randn(shape, dtype=torch.float64, generator=generator))
+    return found
+
+
+def masks(kind, batched=True):
+    """attn_mask and key_padding_mask; every query has a key."""
+    generator = torch.Generator().manual_seed(2)
+    padding = torch.zeros((BATCH, S) if batched else (S,), dtype=torch.bool)
+    padding[..., S - 2 :] = True
+    if batched:
+        padding[1, 3:] = True
+    place = torch.rand(L, S, generator=generator) > 0.7
+    place[:, :2] = False
+    each = torch.rand((BATCH if batched else 1) * HEADS, L, S, generator=generator) > 0.7
+    each[..., :2] = False
+    added = torch.randn(L, S, dtype=torch.float64, generator=generator)
+    return {
+        "none": (None, None),
+        "padding": (None, padding),
+        "2d": (place, None),
+        "3d": (each, padding),
+        "added": (added, None),
+        "added, padding": (added, padding),
+        "added padding": (None, torch.zeros(padding.shape, dtype=torch.float64).masked_fill(padding, -torch.inf)),
+    }[kind]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("mask", ["none", "padding", "2d", "3d", "added", "added, padding", "added padding"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_multihead_is_torchs_but_for_the_score(config, mask, batched, need_weights, monkeypatch):
+    """With the dot product in place of the distance, out, weights and gradients are those of torch's module."""
+    config = CONFIGS[config]
+    torchs, ours = pair(**config)
+    dot_product_by_l1(monkeypatch)
+    query, key, value = (x.requires_grad_() for x in inputs(config, batched))
+    attn_mask, padding = masks(mask, batched)
+    for average in (True, False) if need_weights else (True,):
+        call = {"attn_mask": attn_mask, "key_padding_mask": padding, "average_attn_weights": average}
+        results = [m(query, key, value, need_weights=need_weights, **call) for m in (torchs, ours)]
+        torch.testing.assert_close(results[1], results[0])
+    gradients = [torch.autograd.grad(out.pow(2).sum(), (query, key, value)) for out, _ in results]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("more", [{}, {"add_zero_attn": True}], ids=str)
+def test_multihead_is_causal(more, need_weights):
+    """The same with the hint, with the mask, and with both."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True, **more)
+    x = torch.randn(BATCH, L, EMBED)
+    later = torch.ones(L, L, dtype=torch.bool).triu(1)
+    calls = [{"is_causal": True}, {"attn_mask": later}, {"is_causal": True, "attn_mask": later}]
+    first, *others = (module(x, x, x, need_weights=need_weights, **call) for call in calls)
+    for other in others:
+        torch.testing.assert_close(other, first)
+    changed = x.clone()
+    changed[:, -1] += 1
+    out, _ = module(changed, changed, changed, need_weights=need_weights, is_causal=True)
+    torch.testing.assert_close(out[:, :-1], first[0][:, :-1])
+
+
+@pytest.mark.parametrize("score", ["inverse", "negative"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_is_the_formula(score, need_weights):
+    """The default scale is head_dim ** -0.5."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64, score=score, eps=0.1)
+    x = torch.randn(BATCH, L, EMBED, dtype=torch.float64)
+    q, k, v = (x @ module.in_proj_weight.T).unflatten(-1, (3, HEADS, 4)).permute(2, 0, 3, 1, 4)
+    out, _ = reference.l1_attention(q, k, v, score=score, scale=0.5, eps=0.1)
+    expected = module.out_proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x, x, x, need_weights=need_weights)[0], expected)
+
+
+def test_multihead_state_dict_both_ways():
+    for config in CONFIGS.values():
+        torchs, ours = pair(**config)
+        torchs.load_state_dict(ours.state_dict())
+        assert list(ours.state_dict()) == list(torchs.state_dict())
+        assert copy.deepcopy(ours).state_dict().keys() == ours.state_dict().keys()
+    assert ours.scale == 0.5
+
+
+def test_multihead_starts_as_torchs():
+    """The same random numbers give the same weights."""
+    for config in CONFIGS.values():
+        states = []
+        for kind in (torch.nn.MultiheadAttention, l1.L1MultiheadAttention):
+            torch.manual_seed(0)
+            states.append(kind(EMBED, HEADS, **config).state_dict())
+        for a, b in zip(*(state.values() for state in states), strict=True):
+            assert_identical(a, b)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_dropout(need_weights):
+    """In training weights drop out, scaled by what is left; in eval mode none does."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, dropout=0.5, batch_first=True)
+    x = torch.randn(BATCH, L, EMBED)
+    outs = [module(x, x, x, need_weights=need_weights)[0] for _ in range(2)]
+    assert not torch.equal(*outs)
+    weights = module(x, x, x, average_attn_weights=False)[1]
+    module.eval()
+    whole = module(x, x, x, average_attn_weights=False)[1]
+    dropped = weights == 0
+    assert 0.3 < dropped.float().mean() < 0.7  # of 735; three in a billion are outside
+    torch.testing.assert_close(weights, (2 * whole).masked_fill(dropped, 0))
+    assert_identical(*(module(x, x, x, need_weights=need_weights)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_query_without_a_key(need_weights):
+    """Nothing is attended to: the bias of the last projection, no NaN, also in the gradients, whatever keys hold."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True)
+    torch.nn.init.normal_(module.out_proj.bias)
+    x = torch.randn(BATCH, L, EMBED)
+    x[1] = torch.nan
+    key = x.clone().requires_grad_()
+    query = torch.randn(BATCH, L, EMBED, requires_grad=True)
+    padding = torch.zeros(BATCH, L, dtype=torch.bool)
+    padding[1] = True
+    out, _ = module(query, key, key, padding, need_weights=need_weights)
+    torch.testing.assert_close(out[1], module.out_proj.bias.expand_as(out[1]))
+    out.sum().backward()
+    assert query.grad.isfinite().all()
+    assert (query.grad[1] == 0).all()
+
+
+@pytest.fixture
+def distance_calls(monkeypatch):
+    """Calls of L1 attention."""
+    calls = []
+    real = l1.l1_attention
+
+    def spy(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr("l1attn_cupy.modules.l1_attention", spy)
+    return calls
+
+
+def encoder_layer(**more):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(EMBED, 4, 32, batch_first=True, **more)
+    layer.self_attn = l1.L1MultiheadAttention(EMBED, 4, batch_first=True)
+    return layer
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layer_is_never_the_dot_product(norm_first, distance_calls):
+    """In eval mode without gradients torch's layer would leave modules out, and compute dot products by itself."""
+    layer, x = encoder_layer(norm_first=norm_first, dropout=0.0), torch.randn(BATCH, L, EMBED)
+    padding = torch.zeros(BATCH, L, dtype=torch.bool)
+    padding[1, 4:] = True
+    for call in ({}, {"src_key_padding_mask": padding}, {"src_mask": torch.ones(L, L, dtype=torch.bool).triu(1)}):
+        trained = layer.train()(x, **call)
+        with torch.no_grad():
+            assert_identical(layer.eval()(x, **call), trained.detach())
+        with torch.inference_mode():
+            assert_identical(layer(x, **call).clone(), trained.detach())
+    assert len(distance_calls) == 9
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_encoder_is_never_the_dot_product(distance_calls):
+    """A stack, with padding, for which torch would take nested tensors; and causal."""
+    encoder = torch.nn.TransformerEncoder(encoder_layer(dropout=0.0), 2)
+    x, padding = torch.randn(BATCH, L, EMBED), torch.zeros(BATCH, L, dtype=torch.bool)
+    padding[1, 4:] = True
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(L)
+    for call in ({"src_key_padding_mask": padding}, {"mask": mask, "is_causal": True}):
+        trained = encoder.train()(x, **call).detach()
+        with torch.no_grad():
+            found = encoder.eval()(x, **call)
+        torch.testing.assert_close(found, trained)
+    assert len(distance_calls) == 8
+
+
+def test_encoder_replaced_too_late():
+    """An encoder that was built of dot products hands nested tensors on: an error that says what to do."""
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(EMBED, 4, 32, batch_first=True), 1)
+    encoder.layers[0].self_attn = l1.L1MultiheadAttention(EMBED, 4, batch_first=True)
+    padding = torch.zeros(BATCH, L, dtype=torch.bool)
+    padding[1, 4:] = True
+    x = torch.randn(BATCH, L, EMBED)
+    with torch.no_grad():
+        assert encoder.eval()(x).shape == x.shape
+        try:
+            out = encoder(x, src_key_padding_mask=padding)
+        except TypeError as error:
+            assert "enable_nested_tensor=False" in str(error)  # noqa: PT017
+        else:
+            encoder.use_nested_tensor = False
+            torch.testing.assert_close(out, encoder(x, src_key_padding_mask=padding))
+
+
+def test_decoder_layer(distance_calls):
+    """Self-attention and attention to another sequence."""
+    layer = torch.nn.TransformerDecoderLayer(EMBED, 4, 32, dropout=0.0, batch_first=True)
+    for name in ("self_attn", "multihead_attn"):
+        setattr(layer, name, l1.L1MultiheadAttention(EMBED, 4, batch_first=True))
+    layer(torch.randn(BATCH, L, EMBED), torch.randn(BATCH, S, EMBED)).sum().backward()
+    assert len(distance_calls) == 2
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_multihead_compiles():
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True)
+    x = torch.randn(BATCH, L, EMBED)
+    for need_weights in (False, True):
+        compiled = torch.compile(
+            lambda x, n=need_weights: module(x, x, x, need_weights=n), fullgraph=True, backend="aot_eager"
+        )
+        torch.testing.assert_close(compiled(x), module(x, x, x, need_weights=need_weights))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 21}, "embed_dim must be a multiple of num_heads 5, got 21"),
+        ({"num_heads": 0}, "num_heads must be a whole number from 1 on, got 0"),
+        ({"dropout": 1.5}, "dropout must be a number from 0 to 1, got 1.5"),
+        ({"score": "dot"}, "score must be one of .*, got 'dot'"),
+        ({"scale": -1.0}, "scale must be a positive finite number, got -1.0"),
+        ({"eps": 0.0}, "eps must be a positive finite number, got 0.0"),
+    ],
+)
+def test_multihead_wrong_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        l1.L1MultiheadAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"query": torch.zeros(BATCH, L, 19)}, r"query must have 20 channels, got \(3, 7, 19\)"),
+        ({"query": torch.zeros(2, BATCH, L, EMBED)}, "query must have 3 dimensions, or 2 without a batch"),
+        ({"key": torch.zeros(S, EMBED)}, "key must have 3 dimensions to match query"),
+        ({"key": torch.zeros(2, S, EMBED), "value": torch.zeros(2, S, EMBED)}, "key must have a batch of 3"),
+        ({"value": torch.zeros(BATCH, 8, EMBED)}, r"value must have the batch and length \(3, 9\) of key"),
+        ({"attn_mask": torch.zeros(S, L)}, r"attn_mask must have the shape \(7, 9\) or \(15, 7, 9\), got \(9, 7\)"),
+        ({"key_padding_mask": torch.zeros(S, BATCH)}, r"key_padding_mask must have the shape \(3, 9\), got \(9, 3\)"),
+    ],
+)
+def test_multihead_wrong_shape(call, message):
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True)
+    right = {"query": torch.zeros(BATCH, L, EMBED)} | dict.fromkeys(("key", "value"), torch.zeros(BATCH, S, EMBED))
+    with pytest.raises(ValueError, match=message):
+        module(**{**right, **call})
+
+
+def test_multihead_wrong_mask_dtype():
+    module, x = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True), torch.zeros(BATCH, L, EMBED)
+    with pytest.raises(TypeError, match="attn_mask must be bool, True where attention is not allowed, .* got int64"):
+        module(x, x, x, attn_mask=torch.zeros(L, L, dtype=torch.int64))
+
+
+def test_multihead_nested():
+    with pytest.raises(TypeError, match="query, key and value must be dense tensors, got a nested one"):
+        plan_modules.multihead_nested()
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_original_module(negative):
+    """As the original computes it, with all differences at once."""
+    q = torch.randn(2, 7, 3, 5, requires_grad=True)
+    k = torch.randn(2, 9, 3, 5, requires_grad=True)
+    distance = (q.transpose(1, 2).unsqueeze(3) - k.transpose(1, 2).unsqueeze(2)).abs().sum(-1) / math.sqrt(5)
+    expected = (-distance).permute(0, 3, 2, 1) if negative else 1 / (0.001 + distance)
+    scores = L1Attn(negative=negative)(q, k)
+    torch.testing.assert_close(scores, expected)
+    for result in zip(*(torch.autograd.grad(x.sum(), (q, k)) for x in (scores, expected)), strict=True):
+        torch.testing.assert_close(*result)
+
+
+def test_original_module_wrong_shape():
+    with pytest.raises(ValueError, match=r"q must have the shape \(batch, ctx, heads, width\), got \(2, 3, 4\)"):
+        L1Attn()(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+
+
+def test_module_is_imported_lazily():
+    """The package alone does not import torch, and says so where torch is missing."""
+    code = (
+        "import sys; sys.modules['torch'] = None; import l1attn_cupy\n"
+        "assert 'L1MultiheadAttention' in dir(l1attn_cupy)\n"
+        "try: l1attn_cupy.L1MultiheadAttention\n"
+        "except ImportError as error: assert 'l1attn_cupy[torch]' in str(error), error\n"
+        "else: raise SystemExit('no error')\n"
+        "assert not hasattr(l1attn_cupy, 'L1Nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

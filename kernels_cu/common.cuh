@@ -620,6 +620,33 @@ __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int
 
 // ---- tiles of scores ------------------------------------------------------------------------------------------
 
+// A thread's N x M scores to a tile of `out` with q_count x k_count outputs that exist; WHOLE: nothing to check.
+template <int N_DOWN, int N_ACROSS, bool WHOLE, int N, int M>
+__device__ __forceinline__ void store_tile(const acc_t (&scores)[N][M], scalar_t *out, int64 stride, int row, int column,
+                                           int q_count, int k_count) {
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+        const int i = r / VEC * VEC * N_DOWN + row * VEC + r % VEC;
+#pragma unroll
+        for (int c = 0; c < M; c += VEC) {
+            scalar_t *to = out + c * N_ACROSS;
+            Store group;
+#pragma unroll
+            for (int n = 0; n < VEC; ++n) group.at[n] = to_scalar(scores[r][c + n]);
+            const int count = i < q_count ? k_count - c * N_ACROSS - column * VEC : 0;  // scores that exist
+            if (WHOLE || (count >= VEC && aligned<Store>(to))) {
+                *(Store *)to = group;
+            } else {
+#pragma unroll
+                for (int n = 0; n < VEC; ++n) {
+                    if (n < count) to[n] = group.at[n];
+                }
+            }
+        }
+        out += (r % VEC == VEC - 1 ? VEC * N_DOWN - VEC + 1 : 1) * stride;
+    }
+}
+
 // F of a thread's N x M distances, to a tile of `out` with q_count x k_count outputs that exist. N_DOWN x N_ACROSS threads
 // share the tile; either way a thread owns groups of VEC neighbours, N_DOWN * VEC or N_ACROSS * VEC apart. `whole` says
 // that all outputs exist and their rows are aligned to 128 bits.
@@ -629,25 +656,9 @@ __device__ __forceinline__ void store_scores(acc_t (&distance)[N][M], scalar_t *
                                              const ScoresForward &p) {
     apply_score((acc_t(&)[N * M])distance, p.score, p.scale, p.eps);
     out += row * VEC * stride + column * VEC;
-#pragma unroll
-    for (int r = 0; r < N; ++r) {
-        const int i = r / VEC * VEC * N_DOWN + row * VEC + r % VEC;
-#pragma unroll
-        for (int c = 0; c < M; c += VEC) {
-            const int j = c * N_ACROSS + column * VEC;
-            scalar_t *to = out + c * N_ACROSS;
-            Store scores;
-#pragma unroll
-            for (int n = 0; n < VEC; ++n) scores.at[n] = to_scalar(distance[r][c + n]);
-            if (whole || (i < q_count && j + VEC <= k_count && aligned<Store>(to))) {
-                *(Store *)to = scores;
-            } else {
-#pragma unroll
-                for (int n = 0; n < VEC; ++n) {
-                    if (i < q_count && j + n < k_count) to[n] = scores.at[n];
-                }
-            }
-        }
-        out += (r % VEC == VEC - 1 ? VEC * N_DOWN - VEC + 1 : 1) * stride;
+    if (whole) {
+        store_tile<N_DOWN, N_ACROSS, true>(distance, out, stride, row, column, q_count, k_count);
+    } else {
+        store_tile<N_DOWN, N_ACROSS, false>(distance, out, stride, row, column, q_count, k_count);
     }
 }

@@ -56,8 +56,9 @@ def l1_scores(
     Notes
     -----
     Sums are accumulated in float32 for 16-bit and float32 arrays, in float64 for float64, in one fixed order, so that
-    the result does not depend on the batch, the number of threads or the run. (The variant "half2" rounds each
-    difference to float16 first.) NaN and infinities propagate as in the formula. Nothing of size L * S * E is made.
+    the result does not depend on the batch, the number of threads or the run. (The variant "half2" rounds differences,
+    and sums of up to 16 of them, to float16.) NaN and infinities propagate as in the formula. Nothing of size L * S * E
+    is made.
 
     In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
     computed from the result, which is all that is kept for the backward pass.

@@ -24,16 +24,15 @@ In float64 the naive formula is itself the yardstick, so the bound is the worst 
     score     e = 2 * u * ((E + 3) * a + 3)                  a = max(1, x) for "laplacian", otherwise 1
     gradient      2 * e + 2 * u * (n + 3)                    n terms in each sum of the gradient
 
-A kernel that rounds differences to float16 (``f16_differences=1`` in its header) computes distances as
-``2 * sum max(q - k, 0) - sum q + sum k``. Its error is relative to the worst case of that, and the bound is 1: with
-u16 = 2**-11::
+A kernel that rounds differences and short sums of them to float16 (``f16_differences=1`` in its header) has an error
+relative to the worst case of that, and the bound is 1: with u16 = 2**-11::
 
-    distance  off = 2 * u16 * x + (E + 8) * 2**-23 * (sum |q| + sum |k| + 2 * x)
+    distance  off = (F16_SUM * u16 + E * u32) * x
     score     F(x -+ off), then (u16 + 8 * u32) of that, and 2**-25
 
-Each positive difference is rounded once, and twice their sum is at most 2 * x. In float32 each sum takes at most
-E + 8 additions, by tensor cores that cut numbers off after 24 bits. F, which may be 2 ulp off, has 8 roundings; at last
-the result is rounded to float16, whose steps below its normal numbers are 2**-24.
+Each difference passes through at most `F16_SUM` roundings, its own and those of the float16 sums it is part of; these
+are added up in float32. F, which may be 2 ulp off, has 8 roundings; at last the result is rounded to float16, whose
+steps below its normal numbers are 2**-24.
 
 A sum of E differences takes E subtractions, E - 1 additions and a scaling; each term passes through at most
 E + 1 of them. `exp` turns a relative error of e in x into one of x * e. F' depends on the score at most
@@ -55,6 +54,7 @@ from . import reference
 
 MULTIPLE = 4
 ROUNDINGS = 4
+F16_SUM = 16
 ORDERS = 4
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
@@ -249,8 +249,7 @@ class Expected:
         """The most that each score may be off (see the top of this file)."""
         query, key = self.query.double(), self.key.double()
         x = reference.l1_scores(query, key, score="distance")
-        summed = query.abs().sum(-1).unsqueeze(-1) + key.abs().sum(-1).unsqueeze(-2) + 2 * x
-        off = 2 * 2.0**-11 * x + (query.shape[-1] + 8) * 2.0**-23 * summed
+        off = (F16_SUM * 2.0**-11 + query.shape[-1] * 2.0**-24) * x
         function = reference.FUNCTIONS[self.options.get("score", "inverse")]
         scale, eps = self.options.get("scale", 1.0), self.options.get("eps", 1e-3)
         ends = [function(scale * distance, eps) for distance in ((x - off).clamp(min=0), x + off)]

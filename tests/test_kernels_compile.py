@@ -120,11 +120,12 @@ def test_scores_forward_shared_loads(dtype, loop_of):
 @needs_tools
 @loops("scores_forward", "half2")
 def test_scores_forward_half2_budget(kernel, loop_of):
-    """A positive part is two terms in one instruction, and a tensor core adds up eight of a thread's terms."""
-    loop, _ = loop_of(*kernel)
-    assert loop.count("HFMA2", "HMMA") == loop.floating_point
-    assert loop.floating_point_per_term <= 0.65
-    assert loop.slots_per_term <= 0.8
+    """Subtract, add the absolute value: two terms in each instruction."""
+    loop, steps = loop_of(*kernel)
+    assert loop.count("HADD2", "HFMA2") == loop.floating_point
+    assert loop.count("LDS") == 2 * steps
+    assert loop.floating_point_per_term <= 1.05
+    assert loop.slots_per_term <= 1.2
 
 
 @needs_tools

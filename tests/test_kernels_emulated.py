@@ -314,7 +314,7 @@ def test_scores_forward_gradient_whatever_the_variant(kernel):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_forward_half2_nearly_equal_rows(machine, score):
-    """A large channel that all rows share: what their sums lose must not make a distance negative."""
+    """A large channel that all rows share cancels exactly, whatever its size."""
     (kernel,) = each("scores_forward").args[1][-1:]
     assert kernel.variant.name == "half2"
     generator = torch.Generator().manual_seed(0)

@@ -194,7 +194,7 @@ def test_try_float16_differences_have_a_bound_of_their_own(capsys, folder):
     """What they may be off follows from the distance and the size of the rows; more than that is wrong."""
     source = registry.packaged_folder() / "scores_forward_half2.cu"
     assert lab(capsys, "try", damaged(folder, NAME, file=source, dtypes="f16"))[0] == 0
-    worse = ("const int j = j_warp", "half[0][0][0] *= 1.002f; const int j = j_warp")
+    worse = ("acc_t zero = 0;", "distance[0][0] *= 1.02f; acc_t zero = 0;")
     status, text = lab(capsys, "try", damaged(folder, NAME, worse, file=source, dtypes="f16"))
     assert status == 1
     assert "WRONG" in text

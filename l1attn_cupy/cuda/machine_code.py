@@ -9,8 +9,8 @@ nvidia-cuda-nvdisasm, of one version, wherever they lie in these packages: never
 A *term* is one ``|q - k|`` added to one sum, or one ``sign(q - k)`` used for one gradient or for both. The compiler
 leaves a mark on each, whatever it unrolls:
 
-- a sum adds an absolute value, which is an operand modifier: ``FADD R1, R1, |R2|``. Packed, it is two terms.
-- or it adds a positive part, always packed: ``HFMA2.RELU R1, R2, -1, R3``.
+- a sum adds an absolute value, which is an operand modifier: ``FADD R1, R1, |R2|``. Packed, ``HADD2 R1,
+  |R1|, |R2|``, it is two terms.
 - a sign comes from a multiplication that saturates, `half_step` in ``common.cuh``: ``FFMA.SAT``.
 
 `terms_per_step` says from a variant's header alone how many terms a thread must do for each channel (forward) or row of
@@ -272,9 +272,7 @@ class Instruction(NamedTuple):
     def terms(self) -> int:
         """How many terms it completes (see the top of this file)."""
         if self.base in _SUMS and (absolute := _ABSOLUTE.findall(self.operands)):
-            return len(absolute) * (2 if self.base.endswith("2") else 1)
-        if self.base == "HFMA2" and ".RELU" in self.opcode:
-            return 2
+            return 2 if self.base.endswith("2") else len(absolute)
         return int(self.floating_point and ".SAT" in self.opcode)
 
     @property
@@ -453,11 +451,11 @@ def budget(variant: Variant) -> float:
 
     A sum takes a subtraction and an addition of the absolute value; a sign for one gradient a subtraction, a
     multiplication that saturates, and one that adds; with ATOMIC=1 one more addition serves the second gradient. With
-    ``f16_differences`` one instruction makes the positive parts of two terms, and a tensor core adds up eight.
+    ``f16_differences`` one instruction does it for two terms.
     """
     if variant.op not in BUDGETS:
         raise ValueError(f"op must be one of {', '.join(BUDGETS)}, got {variant.op!r}")
-    return 1 / 2 + 1 / 8 if variant.f16_differences else BUDGETS[variant.op] + variant.atomic
+    return 1 if variant.f16_differences else BUDGETS[variant.op] + variant.atomic
 
 
 #: For each op the budget of a term for one gradient, or of a score, in float32; products of matrices are not in terms.

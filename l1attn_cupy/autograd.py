@@ -1,116 +1,299 @@
-"""L1 scores as PyTorch operators (``torch.ops.l1attn``) under a thin autograd Function.
+"""L1 scores in PyTorch's autograd: thin Functions around the operators of `operators`, which call one another.
 
-The operators have a fake implementation each, so that `torch.compile` traces through them; the Function links forward
-and backward. `plan` checks the types of options before an operator is called, except while tracing, and all else in it.
+`plan` checks the types of options before an operator is called, except while tracing, and all else in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from . import arrays, plan, run
-from .functions import CURVED
-from .plan import Plan
-
-_library = torch.library.Library("l1attn", "DEF")  # lives as long as the process
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_OPTIONS = "str score, float scale, float eps, str? backend, str? variant"
-_library.define(f"scores(Tensor query, Tensor key, {_OPTIONS}) -> Tensor", tags=_TAGS)
-_library.define(
-    "scores_backward(Tensor grad_scores, Tensor query, Tensor key, Tensor? scores, bool need_query, bool need_key, "
-    f"{_OPTIONS}) -> (Tensor, Tensor)",
-    tags=_TAGS,
+from . import (
+    arrays,
+    operators,  # noqa: F401  # defines torch.ops.l1attn
+    plan,
 )
+from .functions import CURVED
+
+# Each of the three operators is differentiated by the three. Where F is straight, each is linear in what is not query
+# or key, and constant in these but at ties. Where it is curved, its change adds, with the tangent of the scores along
+# the cotangents or tangents of query and key,
+#
+#     dquery, dkey of "distance" with the gradient   grad * tangent * F'' / F' * scale
+#
+# F'' / F' is -2 * score for "inverse" and -1 for "laplacian".
 
 
-def _plan(query: torch.Tensor, key: torch.Tensor, options: tuple) -> Plan:
-    return plan.cached_scores(arrays.describe(query), arrays.describe(key), *options)
+class Differentiable(torch.autograd.Function):
+    """What all our Functions share: the fast form, with ``ctx`` in `forward`, that `torch.compile` can trace.
+
+    torch.func takes only another form, whose call costs 20 us more, and forward mode a method that Dynamo refuses:
+    they are in the subclass that `in_both_forms` makes.
+    """
+
+    @staticmethod
+    def compute(*inputs: Any) -> Any:
+        """The results."""
+        raise NotImplementedError
+
+    @staticmethod
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        """Save what derivatives need."""
+        raise NotImplementedError
+
+    @classmethod
+    def run(cls, *inputs: Any) -> Any:
+        """The result, by the form that the caller needs."""
+        return cls.composable.apply(*inputs) if is_transformed() else cls.apply(*inputs)  # type: ignore[attr-defined]
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
-    query, key = query.resolve_neg(), key.resolve_neg()
-    return run.scores(_plan(query, key, options), query, key)
+def in_both_forms(cls: type[Differentiable]) -> type[Differentiable]:
+    """Adds the form of ``cls`` that composes with vmap, grad and jvp, as ``cls.composable``.
+
+    Its tangents are those of ``cls.tangent``; torch raises an error where there is none.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = cls.compute(*inputs)
+        cls.setup(ctx, inputs, output)
+        return output
+
+    methods = {
+        "forward": staticmethod(cls.compute),
+        "setup_context": staticmethod(cls.setup),
+        "generate_vmap_rule": True,
+    }
+    if hasattr(cls, "tangent"):
+        methods["jvp"] = staticmethod(cls.tangent)
+    cls.composable = type(f"{cls.__name__}Composable", (cls,), methods)  # type: ignore[attr-defined]
+    cls.forward = staticmethod(forward)  # type: ignore[method-assign]
+    return cls
 
 
-def _scores_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scores: torch.Tensor | None,
-    need_query: bool,
-    need_key: bool,
-    *options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grad, query, key = grad.resolve_neg(), query.resolve_neg(), key.resolve_neg()
-    scores = None if scores is None else scores.resolve_neg()
-    call = _plan(query, key, options)
-    dquery, dkey = run.scores_backward(call, grad, query, key, scores, need_query, need_key)
-    return query.new_empty(0) if dquery is None else dquery, key.new_empty(0) if dkey is None else dkey
-
-
-def _fake_scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
-    for name, array in (("query", query), ("key", key)):
-        if array.dim() < 2:
-            raise ValueError(
-                f"{name} must have at least 2 dimensions (..., length, head_dim), got {tuple(array.shape)}"
-            )
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    return query.new_empty(*batch, query.shape[-2], key.shape[-2])
-
-
-def _fake_scores_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scores: torch.Tensor | None,
-    need_query: bool,
-    need_key: bool,
-    *options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        query.new_empty(query.shape if need_query else (0,)),
-        key.new_empty(key.shape if need_key else (0,)),
-    )
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("scores", _scores, _device)
-    _library.impl("scores_backward", _scores_backward, _device)
-torch.library.register_fake("l1attn::scores", _fake_scores, lib=_library)
-torch.library.register_fake("l1attn::scores_backward", _fake_scores_backward, lib=_library)
-
-
-class _Scores(torch.autograd.Function):
+@in_both_forms
+class _Scores(Differentiable):
     """Saves query, key and, where F is curved, the scores: its derivative is a function of them."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, options: tuple) -> torch.Tensor:
-        scores = torch.ops.l1attn.scores(query, key, *options)
-        ctx.save_for_backward(query, key, scores if options[0] in CURVED else None)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return scores
+    def compute(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
+        return torch.ops.l1attn.scores(query, key, *options)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        query, key, *options = inputs
+        saved = output if options[0] in CURVED else None
+        ctx.save_for_backward(query, key, saved)
+        ctx.save_for_forward(query, key, saved)
+        ctx.options = tuple(options)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return None, None, None
+            return (None,) * 7
         query, key, scores = ctx.saved_tensors
-        need_query, need_key = ctx.needs_input_grad[:2]
-        with torch.no_grad():
-            dquery, dkey = torch.ops.l1attn.scores_backward(
-                grad, query, key, scores, need_query, need_key, *_of_backward(ctx.options)
-            )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dquery, dkey = (_NotDifferentiable.apply(array, grad, query, key) for array in (dquery, dkey))
-        return dquery if need_query else None, dkey if need_key else None, None
+        needed = ctx.needs_input_grad[:2]
+        dquery, dkey = _backward(grad, query, key, scores, needed[0], needed[1], ctx.options)
+        return dquery if needed[0] else None, dkey if needed[1] else None, *(None,) * 5
+
+    @staticmethod
+    def tangent(
+        ctx: Any, tangent_q: torch.Tensor | None, tangent_k: torch.Tensor | None, *_: Any
+    ) -> torch.Tensor | None:
+        query, key, scores = ctx.saved_tensors
+        return _jvp(query, key, tangent_q, tangent_k, scores, ctx.options)
 
 
-def _of_backward(options: tuple, op: str = "scores_backward") -> tuple:
-    """The options of the forward, without a variant that only the forward has."""
+@in_both_forms
+class _ScoresBackward(Differentiable):
+    """The gradients as a function of grad, query and key, of which the scores are but a function."""
+
+    @staticmethod
+    def compute(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scores: torch.Tensor | None,
+        need_query: bool,
+        need_key: bool,
+        *options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.l1attn.scores_backward(
+            grad, query, key, scores, need_query, need_key, *of_backward(options, "scores_backward")
+        )
+
+    @staticmethod
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        arrays_given, (need_query, need_key, *options) = inputs[:4], inputs[4:]
+        ctx.save_for_backward(*arrays_given)
+        ctx.save_for_forward(*arrays_given)
+        ctx.needed, ctx.options = (need_query, need_key), tuple(options)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple:
+        grad, query, key, scores = ctx.saved_tensors
+        u_query, u_key = (u if need else None for u, need in zip(cotangents, ctx.needed, strict=True))
+        along = _jvp(query, key, u_query, u_key, scores, ctx.options)
+        dquery, dkey = None, None
+        if along is not None and any(ctx.needs_input_grad[1:3]):
+            dquery, dkey = _curvature(grad * along, query, key, scores, ctx.needs_input_grad[1:3], ctx.options)
+        return along if ctx.needs_input_grad[0] else None, dquery, dkey, *(None,) * 8
+
+    @staticmethod
+    def tangent(
+        ctx: Any, tangent: torch.Tensor | None, tangent_q: torch.Tensor | None, tangent_k: torch.Tensor | None, *_: Any
+    ) -> tuple:
+        grad, query, key, scores = ctx.saved_tensors
+        total: list[Any] = [None, None]
+        if tangent is not None:
+            total = list(_backward(tangent, query, key, scores, ctx.needed[0], ctx.needed[1], ctx.options))
+        along = _jvp(query, key, tangent_q, tangent_k, scores, ctx.options)
+        if along is not None:
+            more = _curvature(grad * along, query, key, scores, ctx.needed, ctx.options)
+            total = [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
+        like = (query, key)
+        zeros = (x.new_zeros(x.shape if need else 0) for x, need in zip(like, ctx.needed, strict=True))
+        return tuple(zero if x is None else x for x, zero in zip(total, zeros, strict=True))
+
+
+@in_both_forms
+class _ScoresJvp(Differentiable):
+    """The tangent of the scores as a function of query, key and their tangents."""
+
+    @staticmethod
+    def compute(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        tangent_q: torch.Tensor,
+        tangent_k: torch.Tensor,
+        scores: torch.Tensor | None,
+        *options: Any,
+    ) -> torch.Tensor:
+        return torch.ops.l1attn.scores_jvp(
+            query, key, tangent_q, tangent_k, scores, *of_backward(options, "scores_jvp")
+        )
+
+    @staticmethod
+    def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        query, key, _, _, scores, *options = inputs
+        ctx.save_for_backward(query, key, scores, output)
+        ctx.save_for_forward(query, key, scores, output)
+        ctx.options = tuple(options)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple:
+        if grad is None:
+            return (None,) * 10
+        query, key, scores, along = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        dquery, dkey = _curvature(grad * along, query, key, scores, needed[:2], ctx.options)
+        of_tangents: tuple = (None, None)
+        if any(needed[2:4]):
+            of_tangents = _backward(grad, query, key, scores, needed[2], needed[3], ctx.options)
+        of_tangents = tuple(x if need else None for x, need in zip(of_tangents, needed[2:4], strict=True))
+        return dquery, dkey, *of_tangents, *(None,) * 6
+
+    @staticmethod
+    def tangent(ctx: Any, tangent_q: Any, tangent_k: Any, second_q: Any, second_k: Any, *_: Any) -> torch.Tensor | None:
+        query, key, scores, along = ctx.saved_tensors
+        found = _jvp(query, key, second_q, second_k, scores, ctx.options)
+        if ctx.options[0] in CURVED:
+            straight = ("distance", 1.0, *ctx.options[2:])
+            turned = _jvp(query, key, tangent_q, tangent_k, None, straight)
+            if turned is not None:
+                bent = along * turned * _bend(query, key, scores, ctx.options)
+                found = bent if found is None else found + bent
+        return torch.zeros_like(along) if found is None else found
+
+
+def _backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scores: torch.Tensor | None,
+    need_query: bool,
+    need_key: bool,
+    options: tuple,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients, differentiable where somebody may differentiate them: with ``create_graph``, and in torch.func."""
+    if not torch.compiler.is_compiling() and is_tracked():
+        return _ScoresBackward.run(grad, query, key, _constant(scores), need_query, need_key, *options)
+    with torch.no_grad():
+        return _ScoresBackward.compute(grad, query, key, scores, need_query, need_key, *options)
+
+
+def _jvp(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    tangent_q: torch.Tensor | None,
+    tangent_k: torch.Tensor | None,
+    scores: torch.Tensor | None,
+    options: tuple,
+) -> torch.Tensor | None:
+    """The tangent of the scores; None if there is none of query and key."""
+    if tangent_q is None and tangent_k is None:
+        return None
+    tangent_q = torch.zeros_like(query) if tangent_q is None else tangent_q
+    tangent_k = torch.zeros_like(key) if tangent_k is None else tangent_k
+    return _ScoresJvp.run(query, key, tangent_q, tangent_k, _constant(scores), *options)
+
+
+def _bend(query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor | None, options: tuple) -> torch.Tensor | float:
+    """``F'' / F' * scale`` of a curved F."""
+    name, scale, *_ = options
+    return -scale if name == "laplacian" else -2 * scale * _again(query, key, scores, options)
+
+
+def _again(query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor | None, options: tuple) -> torch.Tensor:
+    """The scores, as a function of query and key where that may matter to a derivative of still higher order."""
+    if scores is None or is_tracked():
+        return _Scores.run(query, key, *options)
+    return scores
+
+
+def _curvature(
+    weight: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scores: torch.Tensor | None,
+    needed: Sequence[bool],
+    options: tuple,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What F'' contributes to gradients, ``weight`` being the gradient times the tangent of the scores."""
+    if options[0] not in CURVED or not any(needed):
+        return None, None
+    turned = weight * _bend(query, key, scores, options)
+    gradients = _backward(turned, query, key, None, needed[0], needed[1], ("distance", 1.0, *options[2:]))
+    dquery, dkey = (x if need else None for x, need in zip(gradients, needed, strict=True))
+    return dquery, dkey
+
+
+def _constant(scores: torch.Tensor | None) -> torch.Tensor | None:
+    return None if scores is None else scores.detach()
+
+
+def has_tangents() -> bool:
+    """Whether there may be tangents, of forward mode."""
+    return forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether there may be tangents, or a transform of torch.func, within which ``requires_grad`` does not tell all."""
+    return has_tangents() or torch._C._are_functorch_transforms_active()
+
+
+def is_tracked() -> bool:
+    """Whether somebody may differentiate what is computed now."""
+    return torch.is_grad_enabled() or is_transformed()
+
+
+def of_backward(options: tuple, op: str) -> tuple:
+    """The options of the forward for another op, without a variant that this op does not have."""
     *shared, variant = options
     if variant is not None:
         from .cuda import registry
@@ -120,25 +303,7 @@ def _of_backward(options: tuple, op: str = "scores_backward") -> tuple:
     return *shared, variant
 
 
-class _NotDifferentiable(torch.autograd.Function):
-    """Passes a gradient on, and raises when it is itself differentiated.
-
-    Torch's ``once_differentiable`` does so only if the incoming gradient requires a gradient. In a gradient penalty it
-    does not, and the term that goes through query and key would be missing without a word.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "the gradient of l1_scores cannot be differentiated: its double backward is not built yet"
-        )
-
-
-def _dispatches(array: Any) -> bool:
+def dispatches(array: Any) -> bool:
     """Whether the operators take ``array``, so that they will do the rest of the checks."""
     return (
         isinstance(array, torch.Tensor)
@@ -149,7 +314,7 @@ def _dispatches(array: Any) -> bool:
     )
 
 
-def _spec(name: str, array: Any) -> plan.ArraySpec:
+def spec_of(name: str, array: Any) -> plan.ArraySpec:
     """Of any array, so that `plan` may say which one is not a tensor."""
     return arrays.describe(arrays.accept(name, array))
 
@@ -161,14 +326,30 @@ def l1_scores(
     options = (score, scale, eps, backend, variant)
     if not torch.compiler.is_compiling():
         options = plan.option_types(*options)
-        if not (_dispatches(query) and _dispatches(key)):
-            plan.scores(_spec("query", query), _spec("key", key), *options)
+        if not (dispatches(query) and dispatches(key)):
+            plan.scores(spec_of("query", query), spec_of("key", key), *options)
+    elif is_transformed():
+        from . import uncompiled
+
+        return uncompiled.forward_mode_or_transforms(l1_scores, query, key, *options)
     if key is query and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd Function
         key = query.view_as(query)
-    tracked = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    if tracked or forward_ad._current_level >= 0:  # the Function refuses tangents, the operator would drop them
-        return _Scores.apply(query, key, options)
+    query, key = under_autocast(query, key)
+    if is_transformed() or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        return _Scores.run(query, key, *options)
     return torch.ops.l1attn.scores(query, key, *options)
+
+
+def under_autocast(query: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
+    """In autocast's dtype, where it is on, as torch's own attention is; float64 stays."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return [query, *others]
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype is not torch.float64 else x
+        for x in (query, *others)
+    ]
 
 
 def l1_scores_backward(
@@ -186,9 +367,9 @@ def l1_scores_backward(
     options = (score, scale, eps, backend, variant)
     if not torch.compiler.is_compiling():
         options = plan.option_types(*options)
-        if not all(map(_dispatches, (grad, query, key) if scores is None else (grad, query, key, scores))):
-            call = plan.scores(_spec("query", query), _spec("key", key), *options)
-            saved = None if scores is None else _spec("scores", scores)
-            plan.scores_backward(call, _spec("grad_scores", grad), saved)
+        if not all(map(dispatches, (grad, query, key) if scores is None else (grad, query, key, scores))):
+            call = plan.scores(spec_of("query", query), spec_of("key", key), *options)
+            saved = None if scores is None else spec_of("scores", scores)
+            plan.scores_backward(call, spec_of("grad_scores", grad), saved)
     with torch.no_grad():
         return torch.ops.l1attn.scores_backward(grad, query, key, scores, True, True, *options)

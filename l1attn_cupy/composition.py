@@ -11,18 +11,39 @@ import torch
 from . import autograd
 from .plan_attention import UNLIMITED, AttentionOptions
 
+Ends = tuple[torch.Tensor, torch.Tensor]
+
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: AttentionOptions
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    ends_q: torch.Tensor | None,
+    ends_k: torch.Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (..., L, Ev) and lse (..., L) of `l1attn_cupy.l1_attention`."""
-    weights, lse, value = softmax(query, key, value, mask, options)
-    with torch.autocast(query.device.type, enabled=False):
-        return (weights @ value).to(query.dtype), lse.expand(*torch.broadcast_shapes(lse.shape, value.shape[:-2] + (1,)))
+    """out (..., L, Ev) and lse (..., L) of `l1attn_cupy.l1_attention`, or of packed sequences with heads in front."""
+    ends = None if ends_q is None or ends_k is None else (ends_q, ends_k)
+    weights, lse, value = softmax(query, key, value, mask, options, ends)
+    return product(weights, value).to(query.dtype), lse.expand(
+        *torch.broadcast_shapes(lse.shape, (*value.shape[:-2], 1))
+    )
+
+
+def product(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``weights @ value`` in their dtype, also under autocast."""
+    with torch.autocast(weights.device.type, enabled=False):
+        return weights @ value
 
 
 def softmax(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: AttentionOptions
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: AttentionOptions,
+    ends: Ends | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights (..., L, S), lse (..., L), and value as it is to be multiplied by the weights.
 
@@ -34,7 +55,7 @@ def softmax(
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
-        excluded = _excluded(query.shape[-2], key.shape[-2], mask, options, query.device)
+        excluded = _excluded(query.shape[-2], key.shape[-2], mask, options, ends, query.device)
         if excluded is not None:
             unused = excluded.all(-2).unsqueeze(-1)
             key, value = key.masked_fill(unused, 0), value.masked_fill(unused, 0)
@@ -52,16 +73,27 @@ def softmax(
 
 
 def _excluded(
-    length_q: int, length_k: int, mask: torch.Tensor | None, options: AttentionOptions, device: torch.device
+    length_q: int,
+    length_k: int,
+    mask: torch.Tensor | None,
+    options: AttentionOptions,
+    ends: Ends | None,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """Where a mask, causality or the window rules a key out, broadcastable to (..., L, S) and of its last two sizes."""
     found = None
     if mask is not None:
         found = ~mask if mask.dtype is torch.bool else mask.detach() == -torch.inf
         found = found.expand(*found.shape[:-2], length_q, length_k)
-    if options.left == options.right == UNLIMITED:
+    if options.left == options.right == UNLIMITED and ends is None:
         return found
-    ahead = torch.arange(length_k, device=device) - torch.arange(length_q, device=device).unsqueeze(-1)
+    i, j = torch.arange(length_q, device=device), torch.arange(length_k, device=device)
+    if ends is not None:
+        starts_q, starts_k = (x.to(device, torch.int64) for x in ends)
+        sequence_q, sequence_k = (torch.searchsorted(x[1:], n, right=True) for x, n in ((starts_q, i), (starts_k, j)))
+        found = sequence_q.unsqueeze(-1) != sequence_k
+        i, j = i - starts_q[sequence_q], j - starts_k[sequence_k]
+    ahead = j - i.unsqueeze(-1)
     for outside, limit in ((ahead < -options.left, options.left), (ahead > options.right, options.right)):
         if limit != UNLIMITED:
             found = outside if found is None else found | outside

@@ -35,9 +35,9 @@ class L1MultiheadAttention(nn.MultiheadAttention):
     or ``eval()``. Otherwise the weights are made, in memory that grows with L * S.
 
     In ``attn_mask`` and ``key_padding_mask`` True is for what may not be attended to, as in torch. A query that may
-    attend to no key gives the bias of ``out_proj``, where torch gives NaN. ``is_causal`` need not come with a mask; where
-    it comes with one, it says that the mask is the causal one, as in torch. Torch's fast path, which is a dot product,
-    is never taken, also not by `torch.nn.TransformerEncoderLayer`.
+    attend to no key gives the bias of ``out_proj``, where torch gives NaN. ``is_causal`` need not come with a mask;
+    where it comes with one, it says that the mask is the causal one, as in torch. Torch's fast path, which is a dot
+    product, is never taken, also not by `torch.nn.TransformerEncoderLayer`.
 
     Examples
     --------
@@ -138,9 +138,11 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         plan_modules.multihead_inputs(*shapes, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
         batched, first = query.dim() == 3, self.batch_first or query.dim() == 2
         sizes = query.shape[0 if first else 1] if batched else 0, self.num_heads
-        masks = (None if m is None else (tuple(m.shape), arrays.describe(m).dtype) for m in (attn_mask, key_padding_mask))
+        attn, padding = (
+            None if m is None else (tuple(m.shape), arrays.describe(m).dtype) for m in (attn_mask, key_padding_mask)
+        )
         lengths = (query.shape[-2], key.shape[-2]) if first else (query.shape[0], key.shape[0])
-        plan_modules.multihead_masks(*masks, (*sizes, *lengths))
+        plan_modules.multihead_masks(attn, padding, (*sizes, *lengths))
 
     def _project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -154,9 +156,7 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         if query is key and key is value and self.in_proj_weight is not None:
             q, k, v = functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
-            q, k, v = (
-                functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
-            )
+            q, k, v = (functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
                 torch.cat([x, more.to(x.dtype).expand(x.shape[0], 1, -1)], 1)
@@ -181,14 +181,12 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         """Out and, where they are needed, the weights, after dropout as torch returns them."""
         dropout = self.dropout if self.training else 0.0
         if not need_weights and not dropout:
-            call = {"score": self.score, "scale": self.scale, "eps": self.eps}
-            return l1_attention(q, k, v, mask, is_causal=is_causal, **call), None
-        options = plan_attention.option_types(
-            False, is_causal, None, self.score, self.scale, self.eps, None, None
-        )
+            out = l1_attention(q, k, v, mask, 0.0, is_causal, self.scale, score=self.score, eps=self.eps)
+            return out, None
+        options = plan_attention.option_types(False, is_causal, None, self.score, self.scale, self.eps, None, None)
         weights, _, value = composition.softmax(q, k, v, mask, options)
         weights = functional.dropout(weights, dropout)
-        out = (weights @ value).to(v.dtype)
+        out = composition.product(weights, value).to(v.dtype)
         return out, weights.to(v.dtype) if need_weights else None
 
 

@@ -107,17 +107,42 @@ def cached_scores(
 @functools.lru_cache(maxsize=1024)
 def scores_backward(plan: Plan, grad_scores: ArraySpec, saved: ArraySpec | None) -> None:
     """Check what `l1_scores_backward` takes beside the arguments of ``plan``."""
-    given = {"grad_scores": grad_scores} if saved is None else {"grad_scores": grad_scores, "scores": saved}
-    for name, spec in given.items():
-        check_array(name, spec, "(..., query length, key length)")
-        if spec.shape != plan.out_shape:
-            raise ValueError(
-                f"{name} must have the shape {plan.out_shape} of the scores of query {plan.query.shape} "
-                f"and key {plan.key.shape}, got {spec.shape}"
-            )
-        check_same("framework", "come from the same library as query", plan.query, spec, name)
-        check_same("dtype", "have query's dtype", plan.query, spec, name)
-        check_same("device", "be on query's device", plan.query, spec, name)
+    _check_like_scores(plan, "grad_scores", grad_scores)
+    if saved is not None:
+        _check_like_scores(plan, "scores", saved)
+
+
+@functools.lru_cache(maxsize=1024)
+def scores_jvp(plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec | None) -> None:
+    """Check what the tangent of the scores takes beside the arguments of ``plan``."""
+    if plan.options.backend != "cpu":
+        raise NotImplementedError(
+            f"backend must be 'cpu' for forward mode and for second derivatives of the scores, got "
+            f"{plan.options.backend!r}, which has no kernel for them"
+        )
+    for name, own, spec in (("query", plan.query, tangent_query), ("key", plan.key, tangent_key)):
+        check_array(f"tangent_{name}", spec)
+        if spec.shape != own.shape:
+            raise ValueError(f"tangent_{name} must have the shape {own.shape} of {name}, got {spec.shape}")
+        _check_like_query(plan, f"tangent_{name}", spec)
+    if saved is not None:
+        _check_like_scores(plan, "scores", saved)
+
+
+def _check_like_scores(plan: Plan, name: str, spec: ArraySpec) -> None:
+    check_array(name, spec, "(..., query length, key length)")
+    if spec.shape != plan.out_shape:
+        raise ValueError(
+            f"{name} must have the shape {plan.out_shape} of the scores of query {plan.query.shape} "
+            f"and key {plan.key.shape}, got {spec.shape}"
+        )
+    _check_like_query(plan, name, spec)
+
+
+def _check_like_query(plan: Plan, name: str, spec: ArraySpec) -> None:
+    check_same("framework", "come from the same library as query", plan.query, spec, name)
+    check_same("dtype", "have query's dtype", plan.query, spec, name)
+    check_same("device", "be on query's device", plan.query, spec, name)
 
 
 def check_range(dtype: str, scale: float, eps: float) -> None:
@@ -145,10 +170,15 @@ def check_array(name: str, spec: ArraySpec, axes: str = "(..., length, head_dim)
     check_dense(name, spec)
     if spec.dtype not in DTYPES:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {spec.dtype}")
-    if len(spec.shape) < 2:
-        raise ValueError(f"{name} must have at least 2 dimensions {axes}, got {spec.shape}")
+    check_matrix(name, spec.shape, axes)
     if max(spec.shape) >= 2**31:
         raise ValueError(f"{name} must have dimensions below 2**31, got {spec.shape}")
+
+
+def check_matrix(name: str, shape: Shape, axes: str = "(..., length, head_dim)") -> None:
+    """Raise unless there are at least two dimensions."""
+    if len(shape) < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions {axes}, got {shape}")
 
 
 def check_options(

@@ -6,7 +6,9 @@ from . import plan
 from .plan import Shape
 
 
-def multihead_options(embed_dim: int, num_heads: int, dropout: float, score: str, scale: float | None, eps: float) -> None:
+def multihead_options(
+    embed_dim: int, num_heads: int, dropout: float, score: str, scale: float | None, eps: float
+) -> None:
     """Check the options of `L1MultiheadAttention`."""
     for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
         if isinstance(number, bool) or not isinstance(number, int) or number <= 0:
@@ -18,9 +20,7 @@ def multihead_options(embed_dim: int, num_heads: int, dropout: float, score: str
     plan.check_options(*plan.option_types(score, 1.0 if scale is None else scale, eps, None, None), "cpu")
 
 
-def multihead_inputs(
-    query: Shape, key: Shape, value: Shape, channels: tuple[int, int, int], batch_first: bool
-) -> None:
+def multihead_inputs(query: Shape, key: Shape, value: Shape, channels: tuple[int, int, int], batch_first: bool) -> None:
     """Check the shapes of a call; ``channels`` are embed_dim, kdim and vdim."""
     for name, shape, own in zip(("query", "key", "value"), (query, key, value), channels, strict=True):
         if len(shape) not in (2, 3):

@@ -51,3 +51,19 @@ def scores_backward(
         saved = None
     _backend(call.options.backend).scores_backward(call, grad, query, key, saved, dquery, dkey)
     return dquery, dkey
+
+
+def scores_jvp(call: Plan, query: Any, key: Any, tangent_query: Any, tangent_key: Any, saved: Any | None) -> Any:
+    """The tangent of the scores, shape ``call.out_shape``, from those of query and key, and from the scores."""
+    tangents = arrays.describe(tangent_query), arrays.describe(tangent_key)
+    plan.scores_jvp(call, *tangents, None if saved is None else arrays.describe(saved))
+    if 0 in (*call.out_shape, call.channels):
+        _check_variant(call, "scores_jvp")
+        return arrays.zeros(call.out_shape, query)
+    if call.options.score not in CURVED:
+        saved = None
+    elif saved is None:
+        saved = scores(call._replace(options=call.options._replace(variant=None)), query, key)
+    out = arrays.empty(call.out_shape, query)
+    _backend(call.options.backend).scores_jvp(call, query, key, tangent_query, tangent_key, saved, out)
+    return out

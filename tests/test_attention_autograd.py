@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from cases import SCORES, assert_identical, to_numpy
-from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import l1attn_cupy as l1
@@ -126,24 +125,6 @@ def test_attention_expanded_grad():
     ones = torch.ones(2, 33, 3, dtype=torch.float64)
     expected = testing_attention.ExpectedAttention(*(x.detach() for x in inputs[:3]), grad_out=ones)
     expected.assert_gradients(*(x.grad for x in inputs[:3]))
-
-
-def test_attention_double_backward_raises():
-    """Not a silent zero."""
-    inputs, grad, _ = leaves((3, 4), (5, 4))
-    gradients = torch.autograd.grad(l1.l1_attention(*inputs[:3]), inputs[:3], grad, create_graph=True)
-    for gradient in gradients:
-        with pytest.raises(NotImplementedError, match="the gradient of l1_attention cannot be differentiated"):
-            gradient.sum().backward(retain_graph=True)
-
-
-def test_attention_forward_mode_raises():
-    """Not a silently missing tangent."""
-    inputs, _, _ = leaves((3, 4), (5, 4))
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
-        with pytest.raises(Exception, match=r"forward (mode )?AD"):
-            l1.l1_attention(dual, *inputs[1:3])
 
 
 def test_attention_result_changed_in_place():
@@ -273,15 +254,3 @@ def test_attention_tensors_with_the_negative_bit():
     query = z.conj().imag
     assert query.is_neg()
     assert_identical(l1.l1_attention(query, key, value), l1.l1_attention(query.resolve_neg(), key, value))
-
-
-def test_attention_checkpoint():
-    """Recomputed in the backward pass: the same gradients."""
-    from torch.utils.checkpoint import checkpoint
-
-    inputs, grad, _ = leaves((33, 17), (31, 17))
-    checkpoint(l1.l1_attention, *inputs[:3], use_reentrant=False).backward(grad)
-    plain = [x.detach().clone().requires_grad_() for x in inputs[:3]]
-    l1.l1_attention(*plain).backward(grad)
-    for a, b in zip(inputs, plain, strict=False):
-        assert_identical(a.grad, b.grad)

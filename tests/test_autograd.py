@@ -7,7 +7,6 @@ import importlib.util
 import pytest
 import torch
 from cases import BROADCAST, DTYPES, SCORES, assert_identical
-from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import l1attn_cupy as l1
@@ -126,26 +125,6 @@ def test_autograd_straight_scores_keep_no_result():
     testing.Expected(query, key, 2 * grad, score="negative").assert_gradients(query.grad, key.grad)
 
 
-@pytest.mark.parametrize("grad_requires_grad", [False, True])
-def test_autograd_double_backward_raises(grad_requires_grad):
-    """Not a silent zero, whichever way the gradient depends on what is differentiated."""
-    query, key, grad = leaves((3, 4), (5, 4))
-    grad.requires_grad_(grad_requires_grad)
-    gradients = torch.autograd.grad(l1.l1_scores(query, key), (query, key), grad, create_graph=True)
-    for gradient in gradients:
-        with pytest.raises(NotImplementedError, match="its double backward is not built yet"):
-            gradient.sum().backward(retain_graph=True)
-
-
-def test_autograd_gradient_penalty_raises():
-    """A loss with a gradient in it, whose other terms could be differentiated: the penalty must not drop out."""
-    query, key, _ = leaves((3, 4), (5, 4))
-    loss = l1.l1_scores(query, key).sum()
-    (dquery,) = torch.autograd.grad(loss, query, create_graph=True)
-    with pytest.raises(NotImplementedError, match="its double backward is not built yet"):
-        (loss + dquery.pow(2).sum()).backward()
-
-
 def test_compile_gradient_penalty_raises():
     """Compiled, torch itself refuses."""
     query, key, _ = leaves((3, 4), (5, 4))
@@ -170,30 +149,6 @@ def test_autograd_backward_of_the_backward_function_raises():
         assert not gradient.requires_grad
         with pytest.raises(RuntimeError, match="does not require grad"):
             gradient.sum().backward()
-
-
-def test_autograd_forward_mode_raises():
-    """Not a silently missing tangent."""
-    query, key, _ = testing.inputs((3, 4), (5, 4), "float64")
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(query, torch.ones_like(query))
-        with pytest.raises(Exception, match=r"forward (mode )?AD"):
-            l1.l1_scores(dual, key)
-
-
-def test_autograd_functional_transforms_raise():
-    query, key, _ = testing.inputs((2, 3, 4), (2, 5, 4), "float64")
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda q: l1.l1_scores(q, key).sum())(query)
-    with pytest.raises(Exception, match=r"functorch transforms|forward (mode )?AD"):
-        torch.func.jvp(lambda q: l1.l1_scores(q, key), (query,), (query,))
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_autograd_vmap():
-    """Without gradients, torch calls the operator once for each entry."""
-    query, key, _ = testing.inputs((2, 3, 4), (2, 5, 4), "float64")
-    assert_identical(torch.func.vmap(l1.l1_scores)(query, key), l1.l1_scores(query, key))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -328,14 +283,3 @@ def test_hooks_and_accumulation():
     once = l1.l1_scores_backward(grad, query, key)
     torch.testing.assert_close(query.grad, 2 * once[0])
     torch.testing.assert_close(key.grad, 2 * once[1])
-
-
-def test_checkpoint():
-    """Recomputed in the backward pass: the same gradients."""
-    from torch.utils.checkpoint import checkpoint
-
-    query, key, grad = leaves((33, 17), (31, 17))
-    checkpoint(l1.l1_scores, query, key, use_reentrant=False).backward(grad)
-    expected = l1.l1_scores_backward(grad, query, key)
-    assert_identical(query.grad, expected[0])
-    assert_identical(key.grad, expected[1])

@@ -15,6 +15,7 @@ from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_di
 from . import pages, threads
 from .elements import DTYPE_CODES
 from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
+from .tangents import jvp, jvp_serial
 from .vector import panel_width
 
 #: Numbers in one block of rows in scratch memory: 256 KiB in float32, a part of any L2 cache.
@@ -48,6 +49,16 @@ def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dqu
         _gradient_call(plan, *specs, workers, of_key=True).launch(*ours[::-1], *given, arrays.address(dkey))
 
 
+def scores_jvp(
+    plan: Plan, query: Any, key: Any, tangent_query: Any, tangent_key: Any, saved: Any | None, out: Any
+) -> None:
+    """Write the tangent of the scores to ``out``; ``saved`` is the forward result, or None where F' is constant."""
+    workers = threads.count(query, terms=math.prod(plan.out_shape) * plan.channels)
+    given = tangent_query, tangent_key, out if saved is None else saved
+    call = _tangent_call(plan, *map(arrays.describe, given), workers)
+    call.launch(*map(arrays.address, (query, key, *given, out)))
+
+
 class _Call(NamedTuple):
     """A kernel and its arguments, all but the addresses."""
 
@@ -71,6 +82,21 @@ def _forward_call(plan: Plan, workers: int) -> _Call:
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
     arguments = _common(plan, batch, sizes, _forward_blocks(plan, sizes, workers))
     return _Call(forward if workers > 1 else forward_serial, workers, matrices, arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tangent_call(
+    plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec, workers: int
+) -> _Call:
+    specs = [plan.query, plan.key, tangent_query, tangent_key, saved, contiguous(plan.query, plan.out_shape)]
+    batch, matrices = _lay_out(specs, plan.batch, range(len(plan.batch)))
+    sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
+    width, fitting = _panel(plan.query.dtype, plan.channels)
+    wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
+    rows = _split(plan.length_q, width, min(fitting, 256), -(-wanted // sizes[0]))
+    tasks = sizes[0] * -(-plan.length_q // rows)
+    blocks = (rows, min(_TILE_KEYS, _ceil_to(plan.length_k, width)), min(tasks, wanted))
+    return _Call(jvp if workers > 1 else jvp_serial, workers, matrices, _common(plan, batch, sizes, blocks))
 
 
 @functools.lru_cache(maxsize=1024)

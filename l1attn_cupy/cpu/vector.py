@@ -1,4 +1,4 @@
-"""The four inner loops of the CPU path, written as LLVM vector code.
+"""The inner loops of the CPU path, written as LLVM vector code.
 
 Numba's vectoriser stops at 256 bits and does not keep a square tile of sums in registers, so these loops are built
 instruction by instruction (``numba.extending.intrinsic``); everything around them is plain Numba. LLVM maps the
@@ -182,6 +182,52 @@ def sum_abs_diff(typingctx, q_panels, q_index, k_panels, k_index, first, count, 
 
     integer = types.intp
     return types.void(q_panels, integer, k_panels, integer, integer, integer, tile, integer), codegen
+
+
+@intrinsic
+def sign_gather(typingctx, q, tangent_q, q_index, k, tangent_k, k_index, first, count, tile, column):
+    """Tangents of distances of a panel of queries and one of keys, all four arrays being panels::
+
+        tile[r, column + c] += sum_e sign(q[q_index, e, r] - k[k_index, e, c])
+                                     * (tangent_q[q_index, e, r] - tangent_k[k_index, e, c])
+
+    r and c are below the panel width; e runs from ``first``, upwards, over ``count`` channels. With ``first == 0`` the
+    tile is set, not added to. The sign of 0 and of NaN is 0.
+    """
+
+    def codegen(context, builder, signature, args):
+        e = _Emitter(context, builder, q, panel_width(_itemsize(q)))
+        q_at, tq_at, row_panel, k_at, tk_at, key_panel, start, n, out, left = args
+        ones, minus, zero = (ir.Constant(e.vector, [x] * e.width) for x in (1.0, -1.0, 0.0))
+
+        def step(i, sums):
+            channel = builder.add(start, i)
+            keys, key_tangents = (
+                e.load(e.at(kind, at, key_panel, channel, 0)) for kind, at in ((k, k_at), (tangent_k, tk_at))
+            )
+            updated = []
+            for row, total in enumerate(sums):
+                query, tangent = (
+                    e.splat(e.at(kind, at, row_panel, channel, row)) for kind, at in ((q, q_at), (tangent_q, tq_at))
+                )
+                below = builder.select(builder.fcmp_ordered("<", query, keys), minus, zero)
+                sign = builder.select(builder.fcmp_ordered(">", query, keys), ones, below)
+                updated.append(builder.fadd(total, builder.fmul(sign, builder.fsub(tangent, key_tangents))))
+            return updated
+
+        totals = e.accumulate(n, e.width, step)
+        is_first = builder.icmp_signed("==", start, _INT(0))
+        for row, total in enumerate(totals):
+            place = e.at(tile, out, row, left)
+            with builder.if_else(is_first) as (set_it, add_to_it):
+                with set_it:
+                    e.store(total, place)
+                with add_to_it:
+                    e.store(builder.fadd(e.load(place), total), place)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(q, tangent_q, integer, k, tangent_k, integer, integer, integer, tile, integer), codegen
 
 
 def _store_inverse(e, distance, scale, eps, place):

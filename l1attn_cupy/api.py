@@ -61,7 +61,9 @@ def l1_scores(
     is made.
 
     In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
-    computed from the result, which is all that is kept for the backward pass.
+    computed from the result, which is all that is kept for the backward pass. With torch on the CPU there are
+    derivatives of every order, forwards and backwards; in 16 bits those of "inverse" leave the range of float16 where
+    rows are nearly equal. Under autocast, torch tensors are cast as those of torch's own attention.
 
     Examples
     --------

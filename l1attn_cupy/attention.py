@@ -73,8 +73,11 @@ def l1_attention(
     tiles that are in part within. A key that is ruled out has no influence, whatever it holds. Where all are, out is 0,
     lse is -inf and gradients are 0. Where all others are infinitely far away, results are NaN, as those of softmax.
     Kept for the backward pass are query, key, value, mask, out before it was rounded, and two numbers for each query.
-    The result is the same bit for bit in every run and with any number of threads. The gradients can be differentiated
-    no further.
+    The result is the same bit for bit in every run and with any number of threads.
+
+    With torch, second derivatives (where gradients are differentiated) and forward mode are composed of operations on
+    the scores: they make arrays of size L * S, and work on the CPU. Under autocast, torch tensors are cast as those of
+    torch's own attention.
 
     Examples
     --------

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import (
     arrays,
-    operators,  # noqa: F401  # defines torch.ops.l1attn
+    operators,  # defines torch.ops.l1attn
     plan,
 )
 from .functions import CURVED
@@ -49,6 +49,30 @@ class Differentiable(torch.autograd.Function):
         """The result, by the form that the caller needs."""
         return cls.composable.apply(*inputs) if is_transformed() else cls.apply(*inputs)  # type: ignore[attr-defined]
 
+    @classmethod
+    def differentiates(cls, name: str) -> None:
+        """Makes this the derivative of an operator that is called by its name, as in a graph from `torch.export`."""
+        operator = getattr(torch.ops.l1attn, name)
+
+        def kernel(*inputs: Any) -> Any:
+            tracked = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs) and torch.is_grad_enabled()
+            if not tracked and not (has_tangents() and torch._C._is_fwd_grad_enabled()):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return operator(*inputs)
+            if torch._C._are_functorch_transforms_active():
+                plan.operator_in_transform(name)
+            return cls.run(*inputs)
+
+        operators.library.impl(name, kernel, "Autograd")
+
+
+def undifferentiated(operator: Any, *inputs: Any) -> Any:
+    """The operator's result, without the detour by `Differentiable.differentiates` where that is not needed."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return operator(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
 
 def in_both_forms(cls: type[Differentiable]) -> type[Differentiable]:
     """Adds the form of ``cls`` that composes with vmap, grad and jvp, as ``cls.composable``.
@@ -79,7 +103,7 @@ class _Scores(Differentiable):
 
     @staticmethod
     def compute(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
-        return torch.ops.l1attn.scores(query, key, *options)
+        return undifferentiated(torch.ops.l1attn.scores, query, key, *options)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -121,9 +145,8 @@ class _ScoresBackward(Differentiable):
         need_key: bool,
         *options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.l1attn.scores_backward(
-            grad, query, key, scores, need_query, need_key, *of_backward(options, "scores_backward")
-        )
+        inputs = (grad, query, key, scores, need_query, need_key, *of_backward(options, "scores_backward"))
+        return undifferentiated(torch.ops.l1attn.scores_backward, *inputs)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -173,9 +196,8 @@ class _ScoresJvp(Differentiable):
         scores: torch.Tensor | None,
         *options: Any,
     ) -> torch.Tensor:
-        return torch.ops.l1attn.scores_jvp(
-            query, key, tangent_q, tangent_k, scores, *of_backward(options, "scores_jvp")
-        )
+        inputs = (query, key, tangent_q, tangent_k, scores, *of_backward(options, "scores_jvp"))
+        return undifferentiated(torch.ops.l1attn.scores_jvp, *inputs)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -209,6 +231,11 @@ class _ScoresJvp(Differentiable):
                 bent = along * turned * _bend(query, key, scores, ctx.options)
                 found = bent if found is None else found + bent
         return torch.zeros_like(along) if found is None else found
+
+
+_Scores.differentiates("scores")
+_ScoresBackward.differentiates("scores_backward")
+_ScoresJvp.differentiates("scores_jvp")
 
 
 def _backward(
@@ -337,7 +364,7 @@ def l1_scores(
     query, key = under_autocast(query, key)
     if is_transformed() or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
         return _Scores.run(query, key, *options)
-    return torch.ops.l1attn.scores(query, key, *options)
+    return undifferentiated(torch.ops.l1attn.scores, query, key, *options)
 
 
 def under_autocast(query: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
@@ -372,4 +399,4 @@ def l1_scores_backward(
             saved = None if scores is None else spec_of("scores", scores)
             plan.scores_backward(call, spec_of("grad_scores", grad), saved)
     with torch.no_grad():
-        return torch.ops.l1attn.scores_backward(grad, query, key, scores, True, True, *options)
+        return undifferentiated(torch.ops.l1attn.scores_backward, grad, query, key, scores, True, True, *options)

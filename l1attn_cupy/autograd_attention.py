@@ -26,6 +26,7 @@ from .autograd import (
     of_backward,
     spec_of,
     under_autocast,
+    undifferentiated,
 )
 from .operators_attention import Optional
 from .plan_attention import OPTIONAL, AttentionOptions
@@ -33,7 +34,10 @@ from .plan_attention import OPTIONAL, AttentionOptions
 
 @in_both_forms
 class _Attention(Differentiable):
-    """Saves its inputs, softmax, and out before it was rounded; the latter two are results that nobody else sees."""
+    """Saves its inputs, softmax, and out before it was rounded, which is a result that nobody else sees.
+
+    Softmax is differentiated as the log-sum-exp that is made of it: the gradient of its first part is that of lse.
+    """
 
     @staticmethod
     def compute(
@@ -43,61 +47,53 @@ class _Attention(Differentiable):
         mask: Optional,
         ends_q: Optional,
         ends_k: Optional,
+        keep: bool,
         *options: Any,
     ) -> tuple[torch.Tensor, ...]:
-        out, *kept = torch.ops.l1attn.attention(query, key, value, mask, ends_q, ends_k, True, *options)
-        return out, arrays.log_sum_exp(kept[0]), *kept
+        inputs = (query, key, value, mask, ends_q, ends_k)
+        return undifferentiated(torch.ops.l1attn.attention, *inputs, True, *options)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-        given, ctx.options = inputs[:6], inputs[6:]
-        out, _, softmax, unrounded = output
+        given, ctx.options = inputs[:6], inputs[7:]
+        out, softmax, unrounded = output
         rounded = out.dtype not in (torch.float32, torch.float64)
         ctx.save_for_backward(*given, unrounded if rounded else out, softmax)
-        ctx.mark_non_differentiable(softmax, unrounded)
+        ctx.mark_non_differentiable(unrounded)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Optional, grad_lse: Optional, *_: Any) -> tuple[Optional, ...]:
-        if grad_out is None and grad_lse is None:
-            return (None,) * 14
+    def backward(ctx: Any, grad_out: Optional, grad_softmax: Optional, _: Any) -> tuple[Optional, ...]:
+        if grad_out is None and grad_softmax is None:
+            return (None,) * 15
         *inputs, out, softmax = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
+        grad_lse = None if grad_softmax is None else grad_softmax[..., 0]
         grad_out = torch.zeros_like(out, dtype=inputs[0].dtype) if grad_out is None else grad_out
-        given = (grad_out, grad_lse, *inputs, out, softmax, *needed, *ctx.options)
+        given = (grad_out, *inputs, out, softmax, grad_lse, *needed, *ctx.options)
         if not torch.compiler.is_compiling() and is_tracked():
             gradients = _AttentionBackward.run(*given)
         else:
             with torch.no_grad():
                 gradients = _AttentionBackward.compute(*given)
-        return *(array if need else None for array, need in zip(gradients, needed, strict=True)), *(None,) * 10
+        return *(array if need else None for array, need in zip(gradients, needed, strict=True)), *(None,) * 11
 
 
 @in_both_forms
 class _AttentionBackward(Differentiable):
-    """The gradients as a function of those of out and lse and of the inputs, of which out and softmax are functions."""
+    """The gradients as a function of those of out and lse and of the inputs, of which out and softmax are functions.
+
+    Its arguments are those of the operator.
+    """
 
     @staticmethod
-    def compute(
-        grad_out: torch.Tensor,
-        grad_lse: Optional,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Optional,
-        ends_q: Optional,
-        ends_k: Optional,
-        out: torch.Tensor,
-        softmax: torch.Tensor,
-        *rest: Any,
-    ) -> tuple[torch.Tensor, ...]:
-        needed, options = rest[:4], of_backward(rest[4:], "attention_backward")
-        inputs = (query, key, value, mask, ends_q, ends_k)
-        return torch.ops.l1attn.attention_backward(grad_out, *inputs, out, softmax, grad_lse, *needed, *options)
+    def compute(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        options = of_backward(inputs[14:], "attention_backward")
+        return undifferentiated(torch.ops.l1attn.attention_backward, *inputs[:14], *options)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:8])
+        ctx.save_for_backward(*inputs[:10])
         ctx.needed, ctx.options = inputs[10:14], inputs[14:]
         ctx.set_materialize_grads(False)
 
@@ -105,7 +101,7 @@ class _AttentionBackward(Differentiable):
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
         """Composed, and so in memory that grows with the product of the lengths."""
         saved = ctx.saved_tensors
-        varied = [i for i, need in enumerate(ctx.needs_input_grad[:6]) if need]
+        varied = [i for i in (0, 1, 2, 3, 4, 9) if ctx.needs_input_grad[i]]
         chosen = [i for i, need in enumerate(ctx.needed) if need and cotangents[i] is not None]
         found: dict[int, torch.Tensor] = {}
         if chosen:
@@ -121,9 +117,14 @@ class _AttentionBackward(Differentiable):
         return tuple(found.get(i) for i in range(22))
 
 
+_Attention.differentiates("attention")
+_AttentionBackward.differentiates("attention_backward")
+
+
 def _composed_gradients(given: list[Any], chosen: list[int], options: AttentionOptions) -> tuple[torch.Tensor, ...]:
     """Gradients of those of query, key, value and mask that are ``chosen``, by operations that have derivatives."""
-    grad_out, grad_lse, *inputs = given
+    grad_out, *inputs = given[:7]
+    grad_lse = given[9]
 
     def attention(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         replaced = list(inputs)
@@ -171,8 +172,9 @@ def _apply(
         query, key, value, mask, ends_q, ends_k = (None if array is None else array.view_as(array) for array in inputs)
         inputs = (query, key, value, mask, ends_q, ends_k)
     if tracked or is_transformed():
-        return _Attention.run(*inputs, *options)[:2]
-    out, softmax, _ = torch.ops.l1attn.attention(*inputs, False, *options)
+        out, softmax, _ = _Attention.run(*inputs, True, *options)
+    else:
+        out, softmax, _ = undifferentiated(torch.ops.l1attn.attention, *inputs, False, *options)
     return out, arrays.log_sum_exp(softmax) if return_lse else None
 
 
@@ -195,7 +197,8 @@ def attention_backward(
     plan_attention.check_dmask(None if mask is None else spec_of("attn_mask", mask), return_dmask)
     summed = "float64" if given["query"].dtype is torch.float64 else "float32"
     with torch.no_grad():
-        return torch.ops.l1attn.attention_backward(
+        return undifferentiated(
+            torch.ops.l1attn.attention_backward,
             saved["grad_out"],
             *given.values(),
             None,

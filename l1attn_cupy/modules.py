@@ -181,7 +181,7 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         """Out and, where they are needed, the weights, after dropout as torch returns them."""
         dropout = self.dropout if self.training else 0.0
         if not need_weights and not dropout:
-            out = l1_attention(q, k, v, mask, 0.0, is_causal, self.scale, score=self.score, eps=self.eps)
+            out = l1_attention(q, k, v, mask, is_causal=is_causal, scale=self.scale, score=self.score, eps=self.eps)
             return out, None
         options = plan_attention.option_types(False, is_causal, None, self.score, self.scale, self.eps, None, None)
         weights, _, value = composition.softmax(q, k, v, mask, options)

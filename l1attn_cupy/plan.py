@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterable
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from .functions import SCORES
 
@@ -143,6 +143,13 @@ def _check_like_query(plan: Plan, name: str, spec: ArraySpec) -> None:
     check_same("framework", "come from the same library as query", plan.query, spec, name)
     check_same("dtype", "have query's dtype", plan.query, spec, name)
     check_same("device", "be on query's device", plan.query, spec, name)
+
+
+def operator_in_transform(name: str) -> NoReturn:
+    """Raise what torch.func is told of an operator that is called by its name."""
+    raise NotImplementedError(
+        f"torch.ops.l1attn.{name} must not be differentiated by torch.func: call the functions of l1attn_cupy"
+    )
 
 
 def check_range(dtype: str, scale: float, eps: float) -> None:

@@ -8,6 +8,7 @@ from cases import BROADCAST, SCORES, TORCH_LAYOUTS, assert_identical
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import l1attn_cupy as l1
+import l1attn_cupy.autograd_attention  # registers the operators
 from l1attn_cupy import reference, testing
 from l1attn_cupy.cpu import backend
 

@@ -68,6 +68,14 @@ struct ScoresBackward {
     Number scale, eps;
 };
 
+struct ScoresJvp {
+    Matrix q, k, tq, tk, scores, out;  // (B, L, E), (B, S, E), tangents of these, (B, L, S), (B, L, S)
+    int batch_shape[MAX_BATCH_DIMS];
+    int length_q, length_k, channels;
+    int score;
+    Number scale, eps;
+};
+
 struct Attention {  // what forward and backward share
     Matrix q, k, v;                   // (B, L, E), (B, S, E), (B, S, V)
     Matrix mask;                      // (B, L, S)

@@ -61,7 +61,7 @@ def l1_scores(
     is made.
 
     In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
-    computed from the result, which is all that is kept for the backward pass. With torch on the CPU there are
+    computed from the result, which is all that is kept for the backward pass. With torch there are
     derivatives of every order, forwards and backwards; in 16 bits those of "inverse" leave the range of float16 where
     rows are nearly equal. Under autocast, torch tensors are cast as those of torch's own attention.
 
@@ -155,7 +155,7 @@ def variants(op: str | None = None) -> list[Any]:
     Parameters
     ----------
     op : str, optional
-        "scores_forward", "scores_backward", "attention_forward", "attention_backward" or
+        "scores_forward", "scores_backward", "scores_jvp", "attention_forward", "attention_backward" or
         "attention_mask_gradient"; by default all.
 
     Returns

@@ -76,7 +76,7 @@ def l1_attention(
     The result is the same bit for bit in every run and with any number of threads.
 
     With torch, second derivatives (where gradients are differentiated) and forward mode are composed of operations on
-    the scores: they make arrays of size L * S, and work on the CPU. Under autocast, torch tensors are cast as those of
+    the scores: they make arrays of size L * S. Under autocast, torch tensors are cast as those of
     torch's own attention.
 
     Examples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import l1attn_cupy as l1
+from l1attn_cupy import arrays, plan, run
 
 SHAPES = [(2, 33, 65, 33), (1, 129, 33, 31)]  # (B, L, S, E)
 
@@ -25,6 +26,11 @@ def main() -> None:
                 l1.l1_scores(query, key, variant=variant.name)
             elif variant.op == "scores_backward":
                 l1.l1_scores_backward(grad, query, key, variant=variant.name)
+            elif variant.op == "scores_jvp":
+                call = plan.scores(
+                    arrays.describe(query), arrays.describe(key), "inverse", 1.0, 1e-3, None, variant.name
+                )
+                run.scores_jvp(call, query, key, query, key, None)
             else:  # all ops of attention have the same names
                 mask, own = grad, {"variant": variant.name}
                 out, lse = l1.l1_attention(query, key, key, mask, return_lse=True, **own)

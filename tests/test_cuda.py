@@ -462,6 +462,17 @@ def test_cuda_gradcheck(score):
     assert torch.autograd.gradcheck(lambda q, k: l1.l1_scores(q, k, score=score, scale=0.5), leaves, eps=1e-6)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_cuda_gradgradcheck(score):
+    """Second derivatives in both modes, of the scores and of attention."""
+    query, key, _ = on_gpu((2, 2, 3), (1, 3, 3), dtype="float64")
+    leaves = [array.requires_grad_() for array in (query, key)]
+    modes = {"check_fwd_over_rev": True, "fast_mode": True}
+    for function in (l1.l1_scores, lambda q, k, **call: l1.l1_attention(q, k, k, **call)):
+        call = {"score": score, "scale": 0.5, "eps": 0.1}
+        assert torch.autograd.gradgradcheck(lambda q, k: function(q, k, **call), leaves, **modes)  # noqa: B023
+
+
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 

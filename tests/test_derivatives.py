@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BROADCAST, SCORES, TORCH_LAYOUTS, assert_identical
+from tangent_cases import assert_tangents, by_kernel, options_of, problem
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import l1attn_cupy as l1
@@ -102,34 +103,12 @@ TANGENT_SHAPES = [((2, 33, 17), (2, 65, 17)), ((129, 1), (1, 1)), ((1, 131), (25
 
 
 @pytest.mark.parametrize("dtype", list(testing.DTYPES))
-@pytest.mark.parametrize("shapes", TANGENT_SHAPES, ids=str)
-def test_tangents_error(shapes, dtype):
-    """Errors relative to the sum of all terms' sizes, in units of those of the plain formula in float32."""
-    query, key, _ = testing.inputs(*shapes, dtype, ties=True)
-    tangents = [x.flip(-1) * 0.75 for x in (query, key)]
-    options = {"score": "laplacian", "scale": query.shape[-1] ** -0.5}
-    ours = torch.func.jvp(lambda q, k: l1.l1_scores(q, k, **options), (query, key), tuple(tangents))[1]
-    assert ours.dtype is query.dtype
-    exact, size = naive_tangents(query, key, tangents, torch.float64, **options)
-    error = ((ours.double() - exact).abs() / size).max().item()
-    if dtype == "float64":
-        unit = query.shape[-1] * torch.finfo(torch.float64).eps
-    else:
-        plain, _ = naive_tangents(query, key, tangents, torch.float32, **options)
-        plain = plain.to(query.dtype).double()
-        unit = ((plain - exact).abs() / size).max().item() + torch.finfo(torch.float32).eps
-        unit += torch.finfo(query.dtype).eps  # F' comes from scores that were rounded
-    assert error <= testing.MULTIPLE * unit
-
-
-def naive_tangents(query, key, tangents, dtype, score, scale):
-    """Tangents of the Laplacian scores and the sizes of their terms, computed in ``dtype``."""
-    assert score == "laplacian"
-    q, k, tq, tk = (x.to(dtype) for x in (query, key, *tangents))
-    d, t = q.unsqueeze(-2) - k.unsqueeze(-3), tq.unsqueeze(-2) - tk.unsqueeze(-3)
-    factor = -scale * (-scale * d.abs().sum(-1)).exp()
-    size = (factor * (t.abs() * (d != 0)).sum(-1)).abs().clamp(min=torch.finfo(query.dtype).tiny)
-    return factor * (d.sign() * t).sum(-1), size
+@pytest.mark.parametrize("score", SCORES)
+def test_tangents_error(score, dtype):
+    """Within the bound for gradients, with the scores at hand and without."""
+    for number, shapes in enumerate(TANGENT_SHAPES):
+        given, call = problem(*shapes, dtype), options_of(score, shapes[0][-1])
+        assert_tangents(by_kernel(given, **call, saved=number % 2 == 0), given, **call)
 
 
 @pytest.mark.parametrize("layout", TORCH_LAYOUTS)
@@ -365,12 +344,19 @@ def test_compiled_function_meets_a_tangent(fullgraph):
         assert_identical(forward_ad.unpack_dual(compiled(dual)).tangent, expected)
 
 
-def test_emulator_derivatives_raise():
-    """No kernel, no tangent: an error, not a zero."""
+def test_emulator_second_derivatives():
+    """Other backends have the operators, so they have what is made of them."""
+    shapes = ((2, 3), (3, 3), (3, 2))
+    assert gradgradcheck(lambda q, k: l1.l1_scores(q, k, backend="emulator"), leaves(*shapes[:2]), **BOTH_MODES)
+    call = {"backend": "emulator", "is_causal": True}
+    assert gradgradcheck(lambda *x: l1.l1_attention(*x, **call), leaves(*shapes), fast_mode=True)
+
+
+def test_emulator_second_derivatives_of_a_variant():
+    """A variant that one operator has need not be one of the others."""
     query, key = leaves((3, 4), (5, 4))
-    with pytest.raises(NotImplementedError, match="backend must be 'cpu' for forward mode and for second derivatives"):
-        torch.func.jvp(lambda q: l1.l1_scores(q, key, backend="emulator"), (query,), (query,))
-    scores = l1.l1_scores(query, key, backend="emulator")
-    (dquery,) = torch.autograd.grad(scores.sum(), query, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend must be 'cpu' for forward mode and for second derivatives"):
-        dquery.sum().backward()
+    found = []
+    for call in ({"backend": "emulator", "variant": "tiled"}, {}):
+        (dquery,) = torch.autograd.grad(l1.l1_scores(query, key, **call, **OPTIONS).sum(), query, create_graph=True)
+        found.append(torch.autograd.grad(dquery.pow(2).sum(), key)[0])
+    torch.testing.assert_close(*found)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tangent_cases
 import torch
 from cases import BROADCAST, SCORES, TORCH_LAYOUTS, assert_identical, options
 from kernel_cases import Kernel, Machine, assert_gradients, assert_scores, each, problem
 
 import l1attn_cupy as l1
+import l1attn_cupy.autograd  # registers the operators
 from l1attn_cupy import reference, testing
 
 
@@ -43,6 +45,21 @@ def test_scores_backward_odd_sizes(machine, kernel):
     for which, (length_q, length_k, channels) in enumerate(kernel.lengths):
         call = options(SCORES[which % 4], channels)
         assert_gradients(machine, kernel, problem((length_q, channels), (length_k, channels), kernel.dtype, **call))
+
+
+@each("scores_jvp")
+def test_scores_jvp_error(machine, kernel):
+    """Odd sizes, all scores, batch dimensions that broadcast, and rows that are not contiguous."""
+    shapes = [((lq, e), (lk, e)) for lq, lk, e in kernel.lengths[::3]] + BROADCAST[2:4]
+    for which, (query, key) in enumerate(shapes):
+        given, call = (
+            tangent_cases.problem(query, key, kernel.dtype),
+            tangent_cases.options_of(SCORES[which % 4], query[-1]),
+        )
+        laid_out = machine.own(*(TORCH_LAYOUTS["last stride 2"](x) for x in given) if which == 0 else given)
+        own = {"backend": machine.backend, "variant": kernel.variant.name, "saved": which % 2 == 0}
+        result = tangent_cases.by_kernel(laid_out, **call, **own).cpu()
+        tangent_cases.assert_tangents(result, given, **call)
 
 
 @pytest.mark.parametrize("channels", [96, 128])

@@ -196,7 +196,7 @@ def test_feature_operators_by_name():
         with pytest.raises(RuntimeError, match="forward mode AD"):
             torch.ops.l1attn.attention(dual, *no_mask[1:])
     for transform in (torch.func.grad, lambda f: torch.func.jvp(f, (query,), (query,))):
-        with pytest.raises(NotImplementedError, match="scores must not be differentiated by torch.func"):
+        with pytest.raises(NotImplementedError, match=r"scores must not be differentiated by torch.func"):
             transform(lambda q: functions[0](q).sum())(query)
 
 

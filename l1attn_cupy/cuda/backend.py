@@ -31,6 +31,15 @@ def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dqu
         calls.scores_backward(_run, plan, grad, query, key, saved, dquery, dkey)
 
 
+def scores_jvp(
+    plan: Plan, query: Any, key: Any, tangent_query: Any, tangent_key: Any, saved: Any | None, out: Any
+) -> None:
+    """Write the tangent of the scores to ``out``; ``saved`` is the forward result, or None where F' is constant."""
+    device, stream = _current(plan, query)
+    with device, stream:
+        calls.scores_jvp(_run, plan, query, key, tangent_query, tangent_key, saved, out)
+
+
 def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -> None:
     addresses = {name: arrays.address(array) for operands in (given, written) for name, array in operands.items()}
     arguments = launch.arguments(addresses)

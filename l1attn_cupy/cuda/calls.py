@@ -54,6 +54,25 @@ def scores_backward(
         arrays.assign(array, sums[name])
 
 
+def scores_jvp(
+    machine: Machine,
+    plan: Plan,
+    query: Any,
+    key: Any,
+    tangent_query: Any,
+    tangent_key: Any,
+    saved: Any | None,
+    out: Any,
+) -> None:
+    """Write the tangent of the scores to ``out``; ``saved`` is the forward result, or None where F' is constant."""
+    plan, query, key = _with_contiguous_rows(plan, query, key)
+    tangent_query, tangent_key = map(arrays.with_contiguous_rows, (tangent_query, tangent_key))
+    saved = arrays.zeros(plan.out_shape, query) if saved is None else arrays.with_contiguous_rows(saved)
+    call = launch.scores_jvp(plan, *map(arrays.describe, (tangent_query, tangent_key, saved)))
+    given = {"query": query, "key": key, "tangent_query": tangent_query, "tangent_key": tangent_key, "scores": saved}
+    machine(call, given, {"out": out})
+
+
 def _with_contiguous_rows(plan: Plan, query: Any, key: Any) -> tuple[Plan, Any, Any]:
     """Copies of query and key where their last stride is not 1, and the plan for the copies."""
     q, k = arrays.with_contiguous_rows(query, plan.query), arrays.with_contiguous_rows(key, plan.key)

@@ -35,6 +35,15 @@ _SCORES_FORWARD = np.dtype(
     ],
     align=True,
 )
+_SCORES_JVP = np.dtype(
+    [
+        *((name, _MATRIX) for name in ("q", "k", "tq", "tk", "scores", "out")),
+        ("batch_shape", "i4", MAX_BATCH_DIMS),
+        *((name, "i4") for name in ("length_q", "length_k", "channels", "score")),
+        *((name, _NUMBER) for name in ("scale", "eps")),
+    ],
+    align=True,
+)
 _GRADIENT = np.dtype(
     [
         *((name, _MATRIX) for name in ("x", "y", "grad", "scores", "dx")),
@@ -93,17 +102,40 @@ def scores_backward(plan: Plan, grad: ArraySpec, saved: ArraySpec, need_query: b
     return _scores_backward(registry.generation(), plan, grad, saved, need_query, need_key)
 
 
+def scores_jvp(plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec) -> Launch:
+    """The launch that computes the tangent. Arrays: query, key, tangent_query, tangent_key, scores, out."""
+    return _scores_jvp(registry.generation(), plan, tangent_query, tangent_key, saved)
+
+
 @functools.lru_cache(maxsize=1024)
 def _scores_forward(_generation: int, plan: Plan) -> Launch:
     variant = _pick("scores_forward", plan)
-    args = np.zeros((), _SCORES_FORWARD)
     specs = {"q": plan.query, "k": plan.key, "out": contiguous(plan.query, plan.out_shape)}
+    return _of_tiles(variant, plan, _SCORES_FORWARD, specs, ("query", "key", "out"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _scores_jvp(
+    _generation: int, plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec
+) -> Launch:
+    variant = _pick("scores_jvp", plan)
+    tangents = {"tq": tangent_query, "tk": tangent_key}
+    specs = {"q": plan.query, "k": plan.key, **tangents, "scores": saved, "out": contiguous(plan.query, plan.out_shape)}
+    names = ("query", "key", "tangent_query", "tangent_key", "scores", "out")
+    return _of_tiles(variant, plan, _SCORES_JVP, specs, names)
+
+
+def _of_tiles(
+    variant: Variant, plan: Plan, struct_type: np.dtype, specs: Mapping[str, ArraySpec], names: Iterable[str]
+) -> Launch:
+    """A launch with a block for each tile of the scores; ``names`` are those of ``specs`` outside of the struct."""
+    args = np.zeros((), struct_type)
     _fill_batch(args, plan.batch, specs, range(len(plan.batch)))
     args["length_q"], args["length_k"], args["channels"] = plan.length_q, plan.length_k, plan.channels
     _fill_options(args, plan)
     blocks = _tiles(plan.length_q, variant, "BLOCK_Q") * _tiles(plan.length_k, variant, "BLOCK_K")
-    places = {name: _offset(_SCORES_FORWARD, field) for name, field in (("query", "q"), ("key", "k"), ("out", "out"))}
-    return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places.items())
+    places = [(name, _offset(struct_type, field)) for name, field in zip(names, specs, strict=True)]
+    return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places)
 
 
 @functools.lru_cache(maxsize=1024)

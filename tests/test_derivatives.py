@@ -212,6 +212,8 @@ def test_func_nested(score):
         yield torch.func.jacrev(torch.func.grad(loss))(query)
         yield torch.func.grad(lambda q: torch.func.jvp(torch.func.grad(loss), (q,), (tangent,))[1].sum())(query)
         yield torch.func.jvp(lambda q: torch.func.jvp(loss, (q,), (tangent,))[1], (query,), (tangent,))[1]
+        weighted = torch.func.grad(lambda w, q: (w * function(q, key, score=score, **OPTIONS)).pow(2).sum())
+        yield torch.func.grad(lambda q: weighted(key.sum(), q))(query)
 
     for ours, naive in zip(*map(compositions, FUNCTIONS), strict=True):
         torch.testing.assert_close(ours, naive)

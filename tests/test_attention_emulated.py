@@ -78,6 +78,15 @@ def test_attention_emulated_sizes(machine, variant, sizes):
     machine.check(given, variant, **options("negative", channels))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lengths", [(1, 1500), (1500, 9)], ids=str)
+def test_attention_emulated_long_sums(machine, variant, lengths):
+    """A chain of so many additions rounds more than the formula does: sums are summed in parts."""
+    length_q, length_k = lengths
+    given = testing_attention.inputs((length_q, 17), (length_k, 17), 16, "float32", ties=True)
+    machine.check(given, variant, **options("negative", 17))
+
+
 MASKS = [
     None,
     ("bool", (9, 40)),

@@ -12,7 +12,7 @@ from child import ROOT, run, start
 
 import l1attn_cupy as l1
 from l1attn_cupy import config
-from l1attn_cupy.cpu import elements, jit, scores
+from l1attn_cupy.cpu import elements, jit, scores, tangents
 
 README = ROOT / "README.md"
 
@@ -66,6 +66,7 @@ def test_show_config_agrees_with_backends(capsys):
 def test_cache_keeps_parallel_and_serial_apart():
     """Numba's cache goes by the name of a function: two compilations of one function must not share an entry."""
     kernels = [scores.forward, scores.forward_serial, scores.backward, scores.backward_serial]
+    kernels += [tangents.jvp, tangents.jvp_serial]
     names = {kernel._cache._impl.filename_base for kernel in kernels}
     assert len(names) == len(kernels)
 

@@ -234,7 +234,6 @@ def _attention_function(score: str, eps: float, scale: float | None) -> Callable
             _check_window(module, sliding_window, length_k)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         own = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value, attention_mask = _under_autocast(query, key, value, attention_mask)
         out = l1_attention(
             query,
             key,
@@ -250,18 +249,6 @@ def _attention_function(score: str, eps: float, scale: float | None) -> Callable
         return out.transpose(1, 2).contiguous(), None  # (batch, L, Hq, Ev)
 
     return l1_attention_forward
-
-
-def _under_autocast(query: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
-    """In autocast's dtype, where it is on: rotary positions turn query and key back to float32, but not value."""
-    import torch
-
-    kind = query.device.type
-    if not torch.is_autocast_enabled(kind) or query.dtype is torch.float64:
-        return [query, *others]
-    dtype = torch.get_autocast_dtype(kind)
-    whole = (query, *others)
-    return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in whole]
 
 
 def _check_call(module: Any, dropout: float, others: dict[str, Any]) -> None:

@@ -68,8 +68,12 @@ class Inputs(NamedTuple):
 
     def to(self, device: str) -> Inputs:
         """The same arrays on another device."""
-        mask, grad_lse = (None if x is None else x.to(device) for x in (self.mask, self.grad_lse))
-        query, key, value, grad_out = (x.to(device) for x in (self.query, self.key, self.value, self.grad_out))
+        return self.map(lambda x: x.to(device))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """What ``function`` makes of each array that is there."""
+        mask, grad_lse = (None if x is None else function(x) for x in (self.mask, self.grad_lse))
+        query, key, value, grad_out = (function(x) for x in (self.query, self.key, self.value, self.grad_out))
         return Inputs(query, key, value, mask, grad_out, grad_lse)
 
 
@@ -180,10 +184,21 @@ class ExpectedAttention:
         """How far the gradients of query, key, value and, if given, of the mask are from what they should be."""
         return [e.agreement(x, self.dtype) for x, e in zip(gradients, self._gradients, strict=False)]
 
+    @property
+    def exact_results(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse of the formula in float64."""
+        return self._formula(torch.float64)
+
+    @functools.cached_property
+    @testing.one_thread()
+    def exact_gradients(self) -> list[torch.Tensor]:
+        """Those of the formula in float64."""
+        return self._autograd(self._of_reference, torch.float64)
+
     @functools.cached_property
     @testing.one_thread()
     def _results(self) -> list[_Exact]:
-        exact = self._formula(torch.float64)
+        exact = self.exact_results
         scores = self._scores(torch.float64)
         largest = scores.masked_fill(scores == -torch.inf, 0).abs().amax(-1) if scores.shape[-1] else exact[1].abs()
         weights = _weights(scores, exact[1])
@@ -200,7 +215,7 @@ class ExpectedAttention:
     @functools.cached_property
     @testing.one_thread()
     def _gradients(self) -> list[_Exact]:
-        exact, sizes = self._autograd(self._of_reference, torch.float64), self._sizes()
+        exact, sizes = self.exact_gradients, self._sizes()
         if self.dtype == torch.float64:
             bounds = [self._bound64(terms=self._terms(array)) for array in exact]
             return [_Exact(*x) for x in zip(exact, sizes, bounds, strict=False)]

@@ -125,12 +125,27 @@ def empty_op(device: str) -> Callable[[Any, Any], Any]:
     return call
 
 
+def call_of(options: argparse.Namespace) -> Callable[[Any, Any], Any]:
+    """A function of query and key whose result has the shape of the scores, and of query."""
+    if options.peer == "empty":
+        return empty_op(options.device)
+    if options.peer == "attention":
+        import l1attn_cupy as l1
+
+        return lambda q, k: l1.l1_attention(q, k, k)
+    return peer_of(options, 16, 16).scores
+
+
 def probe_overhead(options: argparse.Namespace) -> dict[str, Any]:
-    """Median microseconds a call on (1, 16, 16, 16) keeps the host busy; on a GPU nothing is waited for."""
+    """Median microseconds a call on (1, 16, 16, 16) keeps the host busy; on a GPU nothing is waited for.
+
+    On one CPU thread: waiting for others would be timed along with the peers that start them.
+    """
     import torch
 
-    q, k, g = (x.unsqueeze(0) for x in inputs(options, 1, 16, 16))
-    scores = empty_op(options.device) if options.peer == "empty" else peer_of(options, 16, 16).scores
+    torch.set_num_threads(1)
+    q, k, g = (x.unsqueeze(0) for x in inputs(options, 16, 16, 16))
+    scores = call_of(options)
     wait = waiter(options.device)
 
     def step() -> None:

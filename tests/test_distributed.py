@@ -1,0 +1,164 @@
+"""Several processes: what `distributed_cases` finds in worlds of two and of four, and plans of rings without any."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from child import ROOT
+
+import l1attn_cupy.distributed
+from l1attn_cupy import plan_ring
+from l1attn_cupy.plan_ring import RingPlan
+
+distributed_cases = pytest.importorskip("distributed_cases", reason="this torch is without torch.distributed")
+
+#: Seconds after which processes are ended, so that nothing waits for ever.
+LIMIT_S = 240
+
+ENDINGS = [name for name in distributed_cases.CASES if name.startswith("peer")]
+TOGETHER = [name for name in distributed_cases.CASES if name not in ENDINGS]
+
+
+def run_world(folder: Path, size: int, *cases: str) -> list[dict[str, str]]:
+    """What each rank tells of each case; all processes have ended."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    command = [sys.executable, str(Path(distributed_cases.__file__)), "RANK", str(size), str(folder), *cases]
+    logs = [folder / f"rank{rank}.log" for rank in range(size)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            command[2] = str(rank)
+            with log.open("w") as file:
+                started = subprocess.Popen(
+                    command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, text=True
+                )
+            processes.append(started)
+        for process in processes:
+            process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        pass  # the cases that are missing tell
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    results = [folder / f"rank{rank}.json" for rank in range(size)]
+    return [
+        {**(json.loads(result.read_text()) if result.exists() else {}), "log": log.read_text()[-3000:]}
+        for result, log in zip(results, logs, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """Starts each world when it is first asked for."""
+    found: dict[int, list[dict[str, str]]] = {}
+
+    def world(size: int) -> list[dict[str, str]]:
+        if size not in found:
+            found[size] = run_world(tmp_path_factory.mktemp(f"world{size}"), size, *TOGETHER)
+        return found[size]
+
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", TOGETHER)
+def test_distributed(worlds, case, size):
+    told = worlds(size)
+    for rank, one in enumerate(told):
+        assert one.get(case) == "ok", f"rank {rank}: {one.get(case, 'not run')}\n{one['log']}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ENDINGS)
+def test_distributed_error_within_the_timeout(case, tmp_path):
+    """Of rank 0, whose peer is the one that fails; it would wait far beyond the limit of this test."""
+    told = run_world(tmp_path, 2, case)
+    assert told[0].get(case) == "ok", told[0]
+
+
+def test_ring_needs_a_process_group():
+    x = torch.zeros(2, 3, 4)
+    for call in (
+        lambda: l1attn_cupy.distributed.ring_l1_attention(x, x, x),
+        lambda: l1attn_cupy.distributed.zigzag_shard(x),
+        lambda: l1attn_cupy.distributed.zigzag_unshard(x),
+    ):
+        with pytest.raises(ValueError, match="group must be an initialised process group, got None before"):
+            call()
+
+
+LAYOUTS = [(False, (5, 0, 9, 3), (2, 7, 1, 4)), (False, (6,), (6,)), (True, (5, 6, 6), (5, 6, 6)), (True, (5, 6, 6), (3, 3, 4))]
+
+
+@pytest.mark.parametrize("band", [(-1, -1), (-1, 0), (3, 2), (0, 0), (0, 11), (11, 0), (-1, 2), (2, -1)])
+@pytest.mark.parametrize(("zigzag", "lengths_q", "lengths_k"), LAYOUTS)
+def test_ring_blocks_cover_the_band_once(zigzag, lengths_q, lengths_k, band):
+    """Each pair of a query and a key within the band is in one block of one step of one rank, and no other pair is."""
+    counted = torch.zeros(sum(lengths_q), sum(lengths_k), dtype=torch.int64)
+    size = len(lengths_q)
+    for rank in range(size):
+        plan = RingPlan(rank, size, lengths_q, lengths_k, band, zigzag)
+        rows = places(lengths_q, rank, zigzag)
+        for step in range(size):
+            columns = places(lengths_k, plan.source(step), zigzag)
+            for block in plan.blocks(step):
+                i = torch.arange(block.end_q - block.first_q).unsqueeze(1)
+                j = torch.arange(block.end_k - block.first_k)
+                left, right = block.window
+                within = ((left < 0) | (j >= i - left)) & ((right < 0) | (j <= i + right))
+                at = rows[block.first_q : block.end_q].unsqueeze(1), columns[block.first_k : block.end_k]
+                counted[at] += within.long()
+    i, j = torch.arange(sum(lengths_q)).unsqueeze(1), torch.arange(sum(lengths_k))
+    wanted = ((band[0] < 0) | (j >= i - band[0])) & ((band[1] < 0) | (j <= i + band[1]))
+    assert counted.equal(wanted.long())
+
+
+def places(lengths, rank, zigzag):
+    """Where the rows of a shard are in the sequence."""
+    return torch.cat([torch.arange(s.start, s.start + s.length) for s in plan_ring.spans(lengths, rank, zigzag)])
+
+
+def test_ring_zigzag_shares_out_causal_work():
+    """Every rank has as many pairs in all, and in each step but the first as many as all others."""
+    size, length = 4, 48
+    work = {zigzag: [] for zigzag in (False, True)}
+    for zigzag, ranks in work.items():
+        for rank in range(size):
+            plan = RingPlan(rank, size, (length,) * size, (length,) * size, (-1, 0), zigzag)
+            ranks.append([sum(pairs(block) for block in plan.blocks(step)) for step in range(size)])
+    assert len({tuple(steps) for steps in work[True]}) == 1
+    assert len({sum(steps) for steps in work[False]}) == size
+    assert sum(map(sum, work[True])) == sum(map(sum, work[False]))
+
+
+def pairs(block):
+    """Of a block that is causal, or without a window."""
+    rows, columns = block.end_q - block.first_q, block.end_k - block.first_k
+    if block.window == (-1, -1):
+        return rows * columns
+    assert block.window == (-1, 0)
+    assert rows == columns
+    return rows * (rows + 1) // 2
+
+
+def test_ring_few_blocks():
+    """Causal with zigzag takes one call in each step: causal, or half of the keys, or half of the queries."""
+    for rank in range(4):
+        plan = RingPlan(rank, 4, (10,) * 4, (10,) * 4, (-1, 0), True)
+        assert [len(plan.blocks(step)) for step in range(4)] == [1, 1, 1, 1]
+        plan = plan._replace(band=(-1, -1))
+        assert [len(plan.blocks(step)) for step in range(4)] == [1, 1, 1, 1]

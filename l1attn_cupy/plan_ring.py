@@ -71,7 +71,7 @@ def check_initialised(initialised: bool) -> None:
     """Raise unless there is a process group."""
     if not initialised:
         raise ValueError(
-            "group must be an initialised process group, got None before torch.distributed.init_process_group was called"
+            "group must be an initialised process group, got None before a call of torch.distributed.init_process_group"
         )
 
 
@@ -187,7 +187,7 @@ def blocks(plan: RingPlan, source: int) -> tuple[Block, ...]:
         whole = plan.lengths_q[plan.rank]
         return (Block(0, whole, 0, whole, plan.band),) if whole else ()
     found = [_block(q, k, plan.band) for q in queries for k in keys]
-    return tuple(_joined(_joined([block for block in found if block], (2, 3), (0, 1)), (0, 1), (2, 3)))
+    return tuple(_joined(_joined([block for block in found if block], "k", "q"), "q", "k"))
 
 
 def _block(q: Span, k: Span, band: tuple[int, int]) -> Block | None:
@@ -213,20 +213,16 @@ def _block(q: Span, k: Span, band: tuple[int, int]) -> Block | None:
     return Block(first_q, first_q + length_q, first_k, first_k + length_k, (left, right))
 
 
-def _joined(found: Sequence[Block], along: tuple[int, int], across: tuple[int, int]) -> list[Block]:
-    """Blocks without a window that lie side by side ``along`` one dimension, as one."""
+def _joined(found: Sequence[Block], along: str, across: str) -> list[Block]:
+    """Blocks without a window that lie side by side as one; ``along`` and ``across`` are "q" and "k" or "k" and "q"."""
+    first, end = f"first_{along}", f"end_{along}"
     result: list[Block] = []
-    for block in sorted(found, key=lambda block: (block[across[0]], block[along[0]])):
-        last = result[-1] if result else None
-        if (
-            last is not None
-            and last.window == block.window == (UNLIMITED, UNLIMITED)
-            and all(last[n] == block[n] for n in across)
-            and last[along[1]] == block[along[0]]
-        ):
-            merged = list(last)
-            merged[along[1]] = block[along[1]]
-            result[-1] = Block(*merged)
+    for block in sorted(found, key=lambda block: (getattr(block, f"first_{across}"), getattr(block, first))):
+        longer = result[-1]._replace(**{end: getattr(block, end)}) if result else None
+        whole = block.window == (UNLIMITED, UNLIMITED)
+        touches = bool(result) and getattr(result[-1], end) == getattr(block, first)
+        if longer is not None and touches and whole and longer == block._replace(**{first: getattr(longer, first)}):
+            result[-1] = longer
         else:
             result.append(block)
     return result

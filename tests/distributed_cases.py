@@ -301,7 +301,9 @@ def ranks_disagree() -> None:
     last, size = dist.get_rank() == dist.get_world_size() - 1, dist.get_world_size()
     x = torch.randn(2, 8, 5)
     other = x.double() if last else x
-    refuses(TypeError, f"query must have one dtype on all ranks, got 'float32' on rank 0 and .* {size - 1}", *[other] * 3)
+    refuses(
+        TypeError, f"query must have one dtype on all ranks, got 'float32' on rank 0 and .* {size - 1}", *[other] * 3
+    )
     other = torch.randn(2, 8, 6 if last else 5)
     refuses(ValueError, r"query must have one shape .* got \(2, \*, 5\) on rank 0 and \(2, \*, 6\)", *[other] * 3)
     other = torch.randn(2, 8, 3 if last else 5)
@@ -351,7 +353,10 @@ def options_are_wrong() -> None:
     for name in ("zigzag", "return_lse", "check", "is_causal", "enable_gqa"):
         refuses(TypeError, f"{name} must be True or False, got 1", x, x, x, **{name: 1})
     for function in (zigzag_shard, zigzag_unshard):
-        for error, dim, message in ((ValueError, 3, "dim must be from -3 to 2"), (TypeError, 1.0, "dim must be an int")):
+        for error, dim, message in (
+            (ValueError, 3, "dim must be from -3 to 2"),
+            (TypeError, 1.0, "dim must be an int"),
+        ):
             try:
                 function(x, dim=dim)
             except error as raised:
@@ -389,7 +394,8 @@ def sharded(arrays: list[torch.Tensor], *dims: int | None, size: int | None = No
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     places = [Replicate() if dim is None else Shard(dim) for dim in dims]
     return [
-        distribute_tensor(x, mesh, [place]).requires_grad_(x.requires_grad) for x, place in zip(arrays, places, strict=True)
+        distribute_tensor(x, mesh, [place]).requires_grad_(x.requires_grad)
+        for x, place in zip(arrays, places, strict=True)
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,13 @@ class Group:
 
     def __init__(self, group: Any | None) -> None:
         plan_ring.check_initialised(dist.is_initialized())
-        self.group = dist.group.WORLD if group is None else group
+        self.group: Any = dist.group.WORLD if group is None else group
         is_group = isinstance(self.group, dist.ProcessGroup)
         other = self.group is dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives those it leaves out
         members = dist.get_process_group_ranks(self.group) if is_group else None
         plan_ring.check_group(is_group or other, self.group, dist.get_rank(), members)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.next, self.previous = (
-            dist.get_global_rank(self.group, (self.rank + way) % self.size) for way in (1, -1)
-        )
+        self.next, self.previous = (dist.get_global_rank(self.group, (self.rank + way) % self.size) for way in (1, -1))
 
     def gather(self, told: Any) -> list[Any]:
         """What all ranks tell, in the order of the ranks."""
@@ -40,13 +38,17 @@ class Group:
             dist.all_gather_object(everything, told, group=self.group)
         return everything
 
-    def pass_on(self, outgoing: torch.Tensor, incoming: torch.Tensor, tag: int) -> Transfer:
-        """Begin to send to the next rank and to receive from the previous one; nothing of what is empty."""
+    def pass_on(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], tag: int) -> Transfer:
+        """Begin to send to the next rank and to receive from the previous one; nothing of what is empty.
+
+        Each tensor has a tag, from ``tag`` on. All are contiguous.
+        """
         ops = []
-        if outgoing.numel():
-            ops.append(dist.P2POp(dist.isend, outgoing, self.next, self.group, tag))
-        if incoming.numel():
-            ops.append(dist.P2POp(dist.irecv, incoming, self.previous, self.group, tag))
+        for n, (sent, received) in enumerate(zip(outgoing, incoming, strict=True)):
+            if sent.numel():
+                ops.append(dist.P2POp(dist.isend, sent, self.next, self.group, tag + n))
+            if received.numel():
+                ops.append(dist.P2POp(dist.irecv, received, self.previous, self.group, tag + n))
         with self.explained():
             return Transfer(self, dist.batch_isend_irecv(ops) if ops else [], outgoing, incoming)
 
@@ -66,10 +68,12 @@ class Group:
 class Transfer:
     """Tensors on their way; both stay as they are until `wait` has returned."""
 
-    def __init__(self, group: Group, works: list[Any], outgoing: torch.Tensor, incoming: torch.Tensor) -> None:
+    def __init__(
+        self, group: Group, works: list[Any], outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]
+    ) -> None:
         self._group, self._works, self._outgoing, self._incoming = group, works, outgoing, incoming
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> Sequence[torch.Tensor]:
         """What came in, once both ways are done."""
         with self._group.explained():
             for work in self._works:

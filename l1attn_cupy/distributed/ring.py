@@ -7,6 +7,7 @@ parts are the parts of the sums. Gradients of keys and values go round with them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from .. import arrays, autograd, autograd_attention, plan_attention, plan_ring
 from ..plan_attention import AttentionOptions
 from ..plan_ring import Block, RingPlan, Told
-from .groups import Group
+from .groups import Group, Transfer
 
-_TAG_OF_KEYS, _TAG_OF_GRADIENTS = 0, 1
+_TAG_OF_KEYS, _TAG_OF_GRADIENTS = 0, 2
 
 
 def ring_l1_attention(
@@ -171,7 +172,7 @@ class _RingAttention(torch.autograd.Function):
         return *gradients, None
 
 
-class _NotDifferentiable(autograd._NotDifferentiable):
+class _NotDifferentiable(autograd_attention._NotDifferentiable):
     """With the message of ring attention."""
 
     @staticmethod
@@ -188,19 +189,24 @@ def _forward(
     summed = torch.float64 if query.dtype is torch.float64 else torch.float32
     out = query.new_zeros(shape, dtype=summed)
     softmax = torch.stack([out.new_full(shape[:-1], -torch.inf), out.new_zeros(shape[:-1])], -1)
-    keys = _Travelling(call, key, value)
+    keys = _Travelling(call, [key, value])
     for step in range(call.plan.size):
         keys.send(step)
         for block in call.plan.blocks(step):
-            given = query[..., block.first_q : block.end_q, :], *keys.rows(block)
-            rounded, more_softmax, unrounded = torch.ops.l1attn.attention(
-                *given, None, None, None, True, *_of_block(call.options, block)
-            )
-            more = rounded if query.dtype is summed else unrounded
             rows = slice(block.first_q, block.end_q)
-            _join(out[..., rows, :], softmax[..., rows, :], more, more_softmax)
+            _attend(call, block, query[..., rows, :], keys, out[..., rows, :], softmax[..., rows, :])
         keys.receive()
     return out, softmax
+
+
+def _attend(
+    call: _Call, block: Block, query: torch.Tensor, keys: _Travelling, out: torch.Tensor, softmax: torch.Tensor
+) -> None:
+    """Take a block into ``out`` and ``softmax`` of its queries."""
+    rounded, more_softmax, unrounded = torch.ops.l1attn.attention(
+        query, *keys.rows(block), None, None, None, True, *_of_block(call.options, block)
+    )
+    _join(out, softmax, rounded if rounded.dtype is out.dtype else unrounded, more_softmax)
 
 
 def _of_block(options: AttentionOptions, block: Block) -> AttentionOptions:
@@ -224,40 +230,32 @@ def _join(out: torch.Tensor, softmax: torch.Tensor, more: torch.Tensor, more_sof
 class _Travelling:
     """Keys and values as they go round: those of this step, and those of the next on their way."""
 
-    def __init__(self, call: _Call, key: torch.Tensor, value: torch.Tensor) -> None:
-        self._call, self._shapes, self._transfer = call, (key.shape, value.shape), None
-        self.now: tuple[torch.Tensor, torch.Tensor] = (key, value)
-        self._packed = torch.cat([key.reshape(-1), value.reshape(-1)]) if call.plan.size > 1 else key
+    def __init__(self, call: _Call, own: Sequence[torch.Tensor]) -> None:
+        self._call = call
+        self._now: Sequence[torch.Tensor] = own
+        self._transfer: Transfer | None = None
 
-    def rows(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, block: Block) -> list[torch.Tensor]:
         """Keys and values of a block, as views."""
-        key, value = self.now
-        return key[..., block.first_k : block.end_k, :], value[..., block.first_k : block.end_k, :]
+        return [array[..., block.first_k : block.end_k, :] for array in self._now]
 
     def send(self, step: int) -> None:
         """Begin to pass on what is here; after the last step it has been everywhere."""
         if step + 1 < self._call.plan.size:
-            self._length = self._call.plan.lengths_k[self._call.plan.source(step + 1)]
-            size = sum(_size(shape, self._length) for shape in self._shapes)
-            self._transfer = self._call.group.pass_on(self._packed, self._packed.new_empty(size), _TAG_OF_KEYS)
+            outgoing = [array.contiguous() for array in self._now]
+            incoming = _of_next_step(self._call, step, outgoing)
+            self._transfer = self._call.group.pass_on(outgoing, incoming, _TAG_OF_KEYS)
 
     def receive(self) -> None:
         """Wait for the keys and values of the next step, if any."""
         if self._transfer is not None:
-            self._packed, self._transfer = self._transfer.wait(), None
-            key, value = _unpacked(self._packed, self._shapes, self._length)
-            self.now = key, value
+            self._now, self._transfer = self._transfer.wait(), None
 
 
-def _size(shape: torch.Size, length: int) -> int:
-    """Elements of an array like one of ``shape``, of another length."""
-    return torch.Size((*shape[:-2], length, shape[-1])).numel()
-
-
-def _unpacked(packed: torch.Tensor, shapes: tuple[torch.Size, ...], length: int) -> list[torch.Tensor]:
-    """Arrays like those of ``shapes``, of another length, which lie one after another."""
-    parts = packed.split([_size(shape, length) for shape in shapes])
-    return [part.view(*shape[:-2], length, shape[-1]) for part, shape in zip(parts, shapes, strict=True)]
+def _of_next_step(call: _Call, step: int, arrays_now: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """New arrays like those of a step, for what comes from the previous rank."""
+    length = call.plan.lengths_k[call.plan.source(step + 1)]
+    return [array.new_empty((*array.shape[:-2], length, array.shape[-1])) for array in arrays_now]
 
 
 def _backward(
@@ -272,8 +270,8 @@ def _backward(
     """The gradients that are needed of query, key and value."""
     query, key, value = given
     dquery = torch.zeros_like(query, dtype=out.dtype) if needs[0] else None
-    keys, sums = _Travelling(call, key, value), _Sums(call, (key, value), needs[1:], out.dtype)
-    options = autograd._of_backward(call.options, "attention_backward")
+    keys, sums = _Travelling(call, [key, value]), _Sums(call, (key, value), needs[1:], out.dtype)
+    options = AttentionOptions(*autograd._of_backward(call.options, "attention_backward"))
     for step in range(call.plan.size):
         keys.send(step)
         parts = []
@@ -283,11 +281,12 @@ def _backward(
                 grad_out[..., rows, :],
                 *(query[..., rows, :], *keys.rows(block), None, None, None),
                 *(out[..., rows, :], softmax[..., rows, :], None if grad_lse is None else grad_lse[..., rows]),
-                *(*needs, False, *_of_block(AttentionOptions(*options), block)),
+                *(*needs, False, *_of_block(options, block)),
             )
             if dquery is not None:
                 dquery[..., rows, :] += dq
             parts.append((block, of_keys))
+            del dq, of_keys
         keys.receive()
         sums.add(step, parts)
     return [None if dquery is None else dquery.to(query.dtype), *sums.own()]
@@ -296,35 +295,31 @@ def _backward(
 class _Sums:
     """Gradients of keys and values as they go round, one step behind these."""
 
-    def __init__(
-        self, call: _Call, given: tuple[torch.Tensor, ...], needs: tuple[bool, ...], dtype: torch.dtype
-    ) -> None:
-        self._call, self._needs, self._dtype, self._transfer = call, needs, given[0].dtype, None
-        self._shapes = tuple(array.shape for array, need in zip(given, needs, strict=True) if need)
-        self._packed = given[0].new_zeros(self._size(0), dtype=dtype)
-
-    def _length(self, step: int) -> int:
-        return self._call.plan.lengths_k[self._call.plan.source(step)]
-
-    def _size(self, step: int) -> int:
-        return sum(_size(shape, self._length(step)) for shape in self._shapes)
+    def __init__(self, call: _Call, given: Sequence[torch.Tensor], needs: Sequence[bool], dtype: torch.dtype) -> None:
+        self._call, self._needs, self._dtype = call, needs, given[0].dtype
+        self._transfer: Transfer | None = None
+        self._now: Sequence[torch.Tensor] = [
+            array.new_zeros(array.shape, dtype=dtype) for array, need in zip(given, needs, strict=True) if need
+        ]
 
     def add(self, step: int, parts: list[tuple[Block, list[torch.Tensor]]]) -> None:
         """Add what a step found of its keys to what other ranks found of them, and pass the sums on."""
-        if self._transfer is not None:
-            self._packed = self._transfer.wait()
-        sums = _unpacked(self._packed, self._shapes, self._length(step))
-        for block, gradients in parts:
+        self._receive()
+        while parts:
+            block, gradients = parts.pop()
             needed = [gradient for gradient, need in zip(gradients, self._needs, strict=True) if need]
-            for total, gradient in zip(sums, needed, strict=True):
+            for total, gradient in zip(self._now, needed, strict=True):
                 total[..., block.first_k : block.end_k, :] += gradient
         if self._call.plan.size > 1:
-            incoming = self._packed.new_empty(self._size(step + 1))
-            self._transfer = self._call.group.pass_on(self._packed, incoming, _TAG_OF_GRADIENTS)
+            incoming = _of_next_step(self._call, step, self._now)
+            self._transfer = self._call.group.pass_on(self._now, incoming, _TAG_OF_GRADIENTS)
+
+    def _receive(self) -> None:
+        if self._transfer is not None:
+            self._now, self._transfer = self._transfer.wait(), None
 
     def own(self) -> list[torch.Tensor | None]:
         """The gradients of this rank's key and value, back from all others; None where they are not needed."""
-        if self._transfer is not None:
-            self._packed = self._transfer.wait()
-        sums = iter(_unpacked(self._packed, self._shapes, self._length(0)))
+        self._receive()
+        sums = iter(self._now)
         return [next(sums).to(self._dtype) if need else None for need in self._needs]

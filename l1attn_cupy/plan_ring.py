@@ -39,7 +39,10 @@ class Span(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows of a shard's queries against rows of a shard of keys, with the window between their numbers within these."""
+    """Rows of a shard's queries against rows of a shard of keys, with the window between their numbers within these.
+
+    Every query attends to a key or more, and every key is attended to.
+    """
 
     first_q: int
     end_q: int

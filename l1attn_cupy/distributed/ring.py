@@ -216,14 +216,12 @@ def _of_block(options: AttentionOptions, block: Block) -> AttentionOptions:
 def _join(out: torch.Tensor, softmax: torch.Tensor, more: torch.Tensor, more_softmax: torch.Tensor) -> None:
     """Take attention to more keys into ``out`` and ``softmax``, in place.
 
-    Largest is -inf of a query that attends to none of the keys, and of no other.
+    Every query attends to one of these keys at least, so that the largest score is not -inf any more.
     """
     largest = torch.maximum(softmax[..., 0], more_softmax[..., 0])
-    level = largest.masked_fill(largest == -torch.inf, 0)
-    weight, more_weight = ((x[..., 0] - level).exp() * x[..., 1] for x in (softmax, more_softmax))
+    weight, more_weight = ((x[..., 0] - largest).exp() * x[..., 1] for x in (softmax, more_softmax))
     total = weight + more_weight
-    whole = total.masked_fill(total == 0, 1)
-    out.mul_((weight / whole).unsqueeze(-1)).addcmul_(more, (more_weight / whole).unsqueeze(-1))
+    out.mul_((weight / total).unsqueeze(-1)).addcmul_(more, (more_weight / total).unsqueeze(-1))
     softmax[..., 0], softmax[..., 1] = largest, total
 
 

@@ -5,6 +5,7 @@ python distributed_cases.py RANK SIZE FOLDER CASES...
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import os
@@ -459,9 +460,25 @@ def dtensor_scores() -> None:
         assert compare(l1.l1_scores, [q[:1], k], None, 0) == silent(0)
         placed, *_ = compare(l1.l1_scores, [q, k], 2, 3)
         assert placed.is_replicate()
-    only_query = sharded([q.clone().requires_grad_(), k], 1, 1)
-    l1.l1_scores(*only_query).sum().backward()
-    assert only_query[0].grad.placements[0].is_shard(1)
+
+
+@case
+def dtensor_flags() -> None:
+    """What is known of the results of one call is not taken for those of another, with other flags."""
+    register_dtensor()
+    q, k = torch.randn(4, 8, 7, 6), torch.randn(4, 8, 9, 6)
+    for needed in (1, 2):
+        given = sharded([x.requires_grad_(n < needed) for n, x in enumerate((q, k))], 1, 1)
+        l1.l1_scores(*given).sum().backward()
+        for leaf in given[:needed]:
+            assert leaf.grad.shape == leaf.shape
+            assert leaf.grad.placements[0].is_shard(1)
+    half = sharded([q.detach().bfloat16()], 1)
+    for keep in (False, True):
+        kept = torch.ops.l1attn.attention(
+            *half * 3, *[None] * 3, keep, False, -1, -1, "inverse", 1.0, 1e-3, None, None
+        )[2]
+        assert kept.shape == (q.shape if keep else (0,))
 
 
 @case
@@ -487,6 +504,39 @@ def dtensor_attention() -> None:
         assert compare(grouped, [q, k[:, :4], v[:, :4]], 1, 1, 1) == silent(1)
         assert compare(grouped, [q, k[:, :1], v[:, :1]], 1, None, None) == silent(1)
         assert compare(grouped, [q, k[:, :4], v[:, :4]], 0, 0, 0) == silent(0)
+
+
+class Heads(torch.nn.Module):
+    """Attention of 4 heads, as models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (torch.nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Any) -> Any:
+        split = [layer(x).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        return self.out(l1.l1_attention(*split, is_causal=True).transpose(1, 2).flatten(2))
+
+
+@case
+def tensor_parallel() -> None:
+    """A model whose layers are split by heads gives what it gives in one process, and so do its gradients."""
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    register_dtensor()
+    torch.manual_seed(0)
+    whole, x = Heads(), torch.randn(2, 7, 16)
+    model = copy.deepcopy(whole)
+    split = {name: ColwiseParallel(use_local_output=False) for name in ("query", "key", "value")}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {**split, "out": RowwiseParallel()})
+    expected, found = whole(x), model(x)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad)
 
 
 @case

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from child import ROOT
+from test_package import readme_examples
 
 import l1attn_cupy as l1
 from l1attn_cupy import plan_ring
@@ -25,15 +26,19 @@ ENDINGS = [name for name in distributed_cases.CASES if name.startswith("peer")]
 TOGETHER = [name for name in distributed_cases.CASES if name not in ENDINGS]
 
 
-def run_world(folder: Path, size: int, *cases: str) -> list[dict[str, str]]:
-    """What each rank tells of each case; all processes have ended."""
-    environment = {
+def environment() -> dict[str, str]:
+    """Of processes that share the cores: one thread each, and they find each other without a network."""
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
         "OMP_NUM_THREADS": "1",
         "NUMBA_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }
+
+
+def run_world(folder: Path, size: int, *cases: str) -> list[dict[str, str]]:
+    """What each rank tells of each case; all processes have ended."""
     command = [sys.executable, str(Path(distributed_cases.__file__)), "RANK", str(size), str(folder), *cases]
     logs = [folder / f"rank{rank}.log" for rank in range(size)]
     processes = []
@@ -42,7 +47,7 @@ def run_world(folder: Path, size: int, *cases: str) -> list[dict[str, str]]:
             command[2] = str(rank)
             with log.open("w") as file:
                 started = subprocess.Popen(
-                    command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, text=True
+                    command, env=environment(), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, text=True
                 )
             processes.append(started)
         for process in processes:
@@ -98,6 +103,18 @@ def test_distributed_error_within_the_timeout(compiled, case, tmp_path):
     """Of rank 0, whose peer is the one that fails; it would wait far beyond the limit of this test."""
     told = run_world(tmp_path, 2, case)
     assert told[0].get(case) == "ok", told[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [example for example in readme_examples() if "torchrun" in example])
+def test_readme_example_of_several_processes(compiled, example, tmp_path):
+    """Started as it says."""
+    (tmp_path / "ring.py").write_text(example)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ring.py"]
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ring_needs_a_process_group():

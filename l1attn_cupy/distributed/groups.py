@@ -29,7 +29,8 @@ class Group:
         members = dist.get_process_group_ranks(self.group) if is_group else None
         plan_ring.check_group(is_group or other, self.group, dist.get_rank(), members)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.next, self.previous = (dist.get_global_rank(self.group, (self.rank + way) % self.size) for way in (1, -1))
+        ranks = dist.get_process_group_ranks(self.group)
+        self.next, self.previous = (ranks[(self.rank + way) % self.size] for way in (1, -1))
 
     def gather(self, told: Any) -> list[Any]:
         """What all ranks tell, in the order of the ranks."""

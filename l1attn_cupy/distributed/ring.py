@@ -149,7 +149,6 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value = (array.resolve_neg() for array in (query, key, value))
         unrounded, softmax = _forward(call, query, key, value)
         out = unrounded.to(query.dtype)
         ctx.save_for_backward(query, key, value, unrounded, softmax)

@@ -87,6 +87,15 @@ def check_group(is_group: bool, group: Any, rank: int, members: Sequence[int] | 
         raise ValueError(f"group must contain the calling process, rank {rank}, got {got}")
 
 
+def check_backend(device: str, backends: str) -> None:
+    """Raise unless a group with ``backends``, such as "cpu:gloo,cuda:nccl", sends tensors on a kind of device."""
+    backend = dict(pair.split(":") for pair in backends.split(",")).get(device)
+    if backend is None or (device, backend) == ("cuda", "gloo"):
+        raise ValueError(
+            f"group must have a backend that sends tensors on {device} (gloo on cpu, nccl on cuda), got {backends}"
+        )
+
+
 def check_tensor(name: str, is_tensor: bool, is_dtensor: bool, array: Any) -> None:
     """Raise unless ``array`` is a torch tensor, and this rank's own."""
     if is_dtensor:

@@ -126,6 +126,17 @@ def test_ring_needs_a_process_group():
             call(*given)
 
 
+@pytest.mark.parametrize(
+    ("device", "backends"), [("cpu", "cuda:nccl"), ("cuda", "cpu:gloo,cuda:gloo"), ("cuda", "cpu:gloo")]
+)
+def test_ring_needs_a_backend_for_the_device(device, backends):
+    with pytest.raises(
+        ValueError, match=f"group must have a backend that sends tensors on {device} .*, got {backends}"
+    ):
+        plan_ring.check_backend(device, backends)
+    plan_ring.check_backend(device, "cpu:gloo,cuda:nccl")
+
+
 LAYOUTS = [
     (False, (5, 0, 9, 3), (2, 7, 1, 4)),
     (False, (6,), (6,)),

@@ -29,6 +29,7 @@ class Group:
         members = dist.get_process_group_ranks(self.group) if is_group else None
         plan_ring.check_group(is_group or other, self.group, dist.get_rank(), members)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.backends = str(dist.get_backend_config(self.group))  # "cpu:gloo,cuda:nccl"
         ranks = dist.get_process_group_ranks(self.group)
         self.next, self.previous = (ranks[(self.rank + way) % self.size] for way in (1, -1))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 from .. import arrays, autograd, autograd_attention, plan_attention, plan_ring
@@ -97,19 +98,35 @@ def ring_l1_attention(
     ----------
     Liu, Zaharia and Abbeel, "Ring attention with blockwise transformers for near-infinite context", 2023.
     """
+    given = {"query": query, "key": key, "value": value}
+    flags = {"zigzag": zigzag, "return_lse": return_lse, "check": check}
+    options = (enable_gqa, is_causal, window, score, scale, eps, backend, variant)
+    run = torch.compiler.disable(_ring) if torch.compiler.is_compiling() else _ring
+    out, lse = run(group, given, flags, options)
+    return (out, lse) if return_lse else out
+
+
+def _ring(
+    group: Any, given: dict[str, Any], flags: dict[str, bool], options: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse; on its own, as `torch.compile` cannot trace communication of objects."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("ring_l1_attention has no forward-mode derivative")
     ring = Group(group)
-    for name, flag in (("zigzag", zigzag), ("return_lse", return_lse), ("check", check)):
+    for name, flag in flags.items():
         plan_attention.check_flag(name, flag)
     try:
-        options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
-        told = _tell({"query": query, "key": key, "value": value}, options, zigzag)
+        checked = plan_attention.option_types(*options)
+        told = _tell(given, checked, flags["zigzag"])
+        plan_ring.check_backend(told.device, ring.backends)
     except (TypeError, ValueError) as error:
-        if check:
+        if flags["check"]:
             ring.gather(Told(f"{type(error).__name__}: {error}"))
         raise
-    call = _Call(plan_ring.ring(ring.gather(told) if check else [told] * ring.size, ring.rank), ring, options)
-    out, lse = _RingAttention.apply(query, key, value, call)
-    return (out, lse) if return_lse else out
+    everything = ring.gather(told) if flags["check"] else [told] * ring.size
+    call = _Call(plan_ring.ring(everything, ring.rank), ring, checked)
+    out, lse = _RingAttention.apply(*given.values(), call)
+    return out, lse
 
 
 def _tell(given: dict[str, Any], options: AttentionOptions, zigzag: bool) -> Told:

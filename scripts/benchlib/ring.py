@@ -27,7 +27,7 @@ from benchlib.probe import MIB, peak_of, waiter
 from benchlib.settings import Settings
 
 HEADS, CHANNELS = 4, 64
-LENGTH, LENGTH_QUICK, LENGTH_CUDA = 8192, 2048, 65536
+LENGTH, LENGTH_QUICK, LENGTH_CUDA = 4096, 2048, 65536
 OPS = ("forward", "forward+backward")
 PASSES = 2
 LIMIT_S = 300

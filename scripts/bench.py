@@ -55,6 +55,8 @@ def arguments() -> argparse.Namespace:
     huge = "let torch put large CPU tensors in huge pages: a fault per 2 MiB of a new result, not per 4 KiB"
     parser.add_argument("--huge-pages", action="store_true", help=huge)
     options = parser.parse_args()
+    if options.ring and options.only:
+        parser.error("--ring runs alone, without --only")
     lists = (
         (options.only, PARTS, "--only"),
         (options.peers, PEERS, "--peers"),

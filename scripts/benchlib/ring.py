@@ -60,23 +60,16 @@ def ring(settings: Settings) -> list[dict[str, Any]]:
     for _ in range(1 if settings.quick else PASSES):  # in turn, so that a busy minute does not hit one alone
         for world in every:
             found[world].append(run_world(world, settings.device, length, rounds))
+    print(f"\nRing attention, ({HEADS}, {length}, {length}, {CHANNELS}) float32, causal. One process: l1_attention.")
+    print("ms and min..max: of the slowest process; core ms: that all processes together had of cores, which others on")
     print(
-        f"\nRing attention, ({HEADS}, {length}, {length}, {CHANNELS}) float32, causal: each process has its part of the"
+        "the machine disturb less. MiB: of the process that needs most, inputs and the peak beyond, results included."
     )
-    print(
-        "sequence. Time: of the slowest process, median of the rounds. MiB: of the process that needs most, inputs and"
-    )
-    print("the peak beyond them, results included. One process: l1_attention.")
     records = [summary(world, op, found[world]) for op in OPS for world in every]
-    print(
-        report.table(
-            ["op", "processes", "threads", "ms", "min..max", "of one", "inputs", "beyond", "note"], lines(records)
-        )
-    )
+    header = ["op", "processes", "threads", "ms", "min..max", "core ms", "of one", "inputs", "beyond", "note"]
+    print(report.table(header, lines(records)))
     if not settings.cuda and every[-1].size > settings.threads:
-        print(
-            f"{every[-1].size} processes share {settings.threads} cores here: that shows memory, and what turns cost."
-        )
+        print(f"{every[-1].size} processes share {settings.threads} cores: that shows memory, and what turns cost.")
     if settings.cuda and len(every) == 1:
         print("One CUDA device is here: a ring needs more.")
     sys.stdout.flush()
@@ -84,16 +77,16 @@ def ring(settings: Settings) -> list[dict[str, Any]]:
 
 
 def lines(records: list[dict[str, Any]]) -> list[list[object]]:
-    """The table's, with times relative to those of one thread of one process."""
-    base = {record["op"]: record.get("ms") for record in reversed(records) if record["size"] == 1}
+    """The table's, with core time relative to that of one thread of one process."""
+    base = {record["op"]: record.get("core_ms") for record in reversed(records) if record["size"] == 1}
     shown = []
     for record in records:
-        ms, one = record.get("ms"), base.get(record["op"])
-        ratio = one / ms if ms and one else None
+        core, one = record.get("core_ms"), base.get(record["op"])
+        ratio = core / one if core and one else None
         who = record["layout"] if record["size"] == 1 else f"{record['size']}, {record['layout']}"
         spread = report.spread(record.get("low"), record.get("high"))
         figures = [report.number(record.get(key)) for key in ("inputs_mib", "beyond_mib")]
-        times = [report.number(ms), spread, report.number(ratio, "x faster")]
+        times = [report.number(record.get("ms")), spread, report.number(core), report.number(ratio, "x")]
         shown.append([record["op"], who, record["threads"], *times, *figures, record.get("error", "")])
     return shown
 
@@ -111,6 +104,7 @@ def summary(world: World, op: str, runs: list[dict[str, Any]]) -> dict[str, Any]
         "low": min(times),
         "high": max(times),
         "rounds": len(times),
+        "core_ms": statistics.median(ms for run in runs for ms in run[op]["core_ms"]) or None,
         "inputs_mib": runs[0]["inputs_mib"],
         "beyond_mib": statistics.median(run[op]["beyond_mib"] for run in runs),
     }
@@ -170,21 +164,28 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, Any]:
     result: dict[str, Any] = {"inputs_mib": sum(x.nbytes for x in given[:3]) / MIB}
     for op in OPS:
         step(op)  # compiles, and starts threads
-        times = []
+        times, core = [], []
         for _ in range(options.rounds):
             wait()
             dist.barrier()
-            start = time.perf_counter()
+            start, start_core = time.perf_counter(), time.process_time()
             step(op)
             wait()
             times.append(1e3 * (time.perf_counter() - start))
+            core.append(1e3 * (time.process_time() - start_core) if device == "cpu" else 0.0)
         dist.barrier()
         peak, _ = peak_of(functools.partial(step, op), options.device)
-        slowest = torch.tensor([*times, peak / MIB], dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        *times, beyond = slowest.tolist()
-        result[op] = {"ms": times, "beyond_mib": beyond}
+        *times, beyond = reduced([*times, peak / MIB], dist.ReduceOp.MAX, device)
+        result[op] = {"ms": times, "core_ms": reduced(core, dist.ReduceOp.SUM, device), "beyond_mib": beyond}
     return result
+
+
+def reduced(numbers: list[float], how: Any, device: str) -> list[float]:
+    """The largest, or the sum, of each number on all ranks."""
+    everything = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(everything, how)
+    found: list[float] = everything.tolist()
+    return found
 
 
 def main() -> None:

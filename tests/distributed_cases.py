@@ -345,6 +345,7 @@ def one_rank_is_wrong() -> None:
         "key must have head_dim 5": ((x, torch.randn(2, 8, 4), x), {}),
         "score must be one of": ((x, x, x), {"score": "cosine"}),
         "scale must be a positive": ((x, x, x), {"scale": -1.0}),
+        "zigzag must be True or False": ((x, x, x), {"zigzag": 1}),
     }
     for message, (given, more) in wrong.items():
         if last:

@@ -113,14 +113,14 @@ def _ring(
     if forward_ad._current_level >= 0:
         raise NotImplementedError("ring_l1_attention has no forward-mode derivative")
     ring = Group(group)
-    for name, flag in flags.items():
-        plan_attention.check_flag(name, flag)
     try:
+        for name, flag in flags.items():
+            plan_attention.check_flag(name, flag)
         checked = plan_attention.option_types(*options)
         told = _tell(given, checked, flags["zigzag"])
         plan_ring.check_backend(told.device, ring.backends)
     except (TypeError, ValueError) as error:
-        if flags["check"]:
+        if flags["check"] is not False:
             ring.gather(Told(f"{type(error).__name__}: {error}"))
         raise
     everything = ring.gather(told) if flags["check"] else [told] * ring.size

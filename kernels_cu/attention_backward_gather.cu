@@ -46,13 +46,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
                 }
             }
             __syncthreads();  // this tile of h is there
+            acc_t part = 0;  // a single chain of sums would round more than the formula in float32 does
             for (int n = 0; n < count && mine_is_there; ++n) {
                 if (of_x) {
-                    sum += h[n] * sign(mine - to_acc(ys[(j0 + n) * y.row_stride + e]));
+                    part += h[n] * sign(mine - to_acc(ys[(j0 + n) * y.row_stride + e]));
                 } else if (left[n]) {
-                    sum += weights[n] * to_acc(grad[(j0 + n) * p.s.grad.row_stride + e]);
+                    part += weights[n] * to_acc(grad[(j0 + n) * p.s.grad.row_stride + e]);
                 }
             }
+            sum += part;
             __syncthreads();  // all are done with it
         }
     }

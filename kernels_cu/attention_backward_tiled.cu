@@ -15,7 +15,7 @@
 // softmax can be. So a tile in which one |h| is above 1 / EVEN_SHARE of its row's takes signs in four instructions, which
 // lose nothing, and one with what is not finite by comparison.
 //
-// @variant  op=attention_backward dtypes=f32,f16,bf16 BLOCK_X=64 TILE_Y=32,64 BLOCK_E=64 WIDTH=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2,3 rank=20
+// @variant  op=attention_backward dtypes=f32,f16,bf16 BLOCK_X=64 TILE_Y=32 BLOCK_E=64 WIDTH=16 ROWS=8 CHANNELS=4 THREADS=128 BLOCKS_PER_SM=2,3 rank=20
 // @variant  op=attention_backward dtypes=f64 BLOCK_X=32 TILE_Y=32 BLOCK_E=32 WIDTH=8 ROWS=4 CHANNELS=2 THREADS=128 BLOCKS_PER_SM=2 rank=20
 
 const int ACROSS = 8, DOWN = THREADS / ACROSS;              // threads along a row and a column of a tile of scores
@@ -27,6 +27,7 @@ static_assert(ALONG * BELOW == THREADS, "every thread owns ROWS x CHANNELS gradi
 static_assert(ROWS % VEC == 0 && CHANNELS % VEC == 0, "a thread reads its rows and channels 128 bits at a time");
 const int EVEN_SHARE = 8;
 const int SUMMED = 32;  // channels after which a new sum is begun: exp makes absolute errors of a score relative ones
+const int TILES_SUMMED = 8;  // after so many the sums of gradients, too, begin anew
 static_assert(BLOCK_X <= THREADS && TILE_Y <= THREADS, "a thread adds up the h of one row, and fetches one query");
 
 typedef acc_t Factors[TILE_Y][BLOCK_X + VEC];  // h, or weights: factors[y][x]
@@ -191,6 +192,15 @@ __device__ __forceinline__ void add_tile(acc_t (&sum)[ROWS][CHANNELS], const acc
     }
 }
 
+// A thread's sums to its totals; they begin anew. A longer chain of sums would round more than the formula in float32 does.
+__device__ __forceinline__ void add_to_totals(acc_t (&totals)[ROWS * CHANNELS][THREADS], acc_t (&sum)[ROWS][CHANNELS]) {
+#pragma unroll
+    for (int n = 0; n < ROWS * CHANNELS; ++n) {
+        totals[n][threadIdx.x] += sum[n / CHANNELS][n % CHANNELS];
+        sum[n / CHANNELS][n % CHANNELS] = 0;
+    }
+}
+
 // Query `first` + threadIdx.x of a batch entry, one of a tile.
 __device__ __forceinline__ void fetch_query(Queries &queries, const AttentionSaved &p, int b, int i, int count) {
     if (threadIdx.x >= count) return;
@@ -239,8 +249,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     } tiles;
     __shared__ alignas(16) typename Y::Shared y_rows;
     __shared__ Queries queries;
+    __shared__ acc_t totals[ROWS * CHANNELS][THREADS];  // of this thread, sums of TILES_SUMMED tiles
     const int below = threadIdx.x / ALONG, along = threadIdx.x % ALONG;
-    acc_t sum[ROWS][CHANNELS] = {}, h_sum = 0;  // h_sum is of row threadIdx.x of the tile
+    acc_t sum[ROWS][CHANNELS] = {}, h_sum = 0, h_total = 0;  // of h those of row threadIdx.x of the tile
+#pragma unroll
+    for (int n = 0; n < ROWS * CHANNELS; ++n) totals[n][threadIdx.x] = 0;
 
     acc_t x[ROWS][CHANNELS];
     bool x_finite = true;
@@ -253,6 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     const int all_end = of_key ? end_of_queries(a, x0) : end_of_keys(a, x0);
     const int end = of_key ? end_of_queries(a, x_last) : end_of_keys(a, x_last);
     const Derivative f(a.score, a.scale, a.eps);
+    int tiles_left = TILES_SUMMED;
     for (int b = entry; b < entry + p.s.summed; ++b) {
         const int64 mask = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
         int y0 = of_key ? first_query(a, x0) : first_key(a, x0);
@@ -328,6 +342,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
                 for (int j = 0; j < TILE_Y; ++j) h_sum += tiles.factors[j][threadIdx.x];
             }
             add_tile(sum, x, tiles.factors, y_rows, of_v, way);
+            if (--tiles_left == 0) {
+                add_to_totals(totals, sum);
+                h_total += h_sum;
+                h_sum = 0;
+                tiles_left = TILES_SUMMED;
+            }
             __syncthreads();  // all are done with the tile
             y_side.rows += TILE_Y * y_side.stride;
             y2_side.rows += TILE_Y * y2_side.stride;
@@ -335,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
     }
 
     acc_t *h_sums = tiles.factors[0];
-    if (threadIdx.x < BLOCK_X) h_sums[threadIdx.x] = h_sum;
+    if (threadIdx.x < BLOCK_X) h_sums[threadIdx.x] = h_total + h_sum;
     __syncthreads();  // the sums of h are there
     const Side result = of_v ? side(p.dxv, a, entry, x0) : side(p.dx, a, entry, x0);
     scalar_t *dx = (scalar_t *)result.rows + e0;
@@ -345,7 +365,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
             const int e = place(c, along, ALONG);
-            const acc_t gradient = of_v ? sum[r][c] : 2 * sum[r][c] - h_sums[i];
+            const acc_t total = totals[r * CHANNELS + c][threadIdx.x] + sum[r][c];
+            const acc_t gradient = of_v ? total : 2 * total - h_sums[i];
             if (i < x_count && e < channels) dx[i * result.stride + e] = to_scalar(gradient);
         }
     }

@@ -6,8 +6,15 @@
 //           channel. Online softmax: what was summed so far is scaled down when a larger score comes
 // Cost      2*B*L*S*E adds and B*L*S*V multiply-adds, the scores again for every BLOCK_V channels; memory linear in L
 // Delta     nothing is reused between queries: the one to read first
+//
+// One query, or a few, take the time of reading the keys and values, which are read once here too: the default for them.
+//
+// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=64 THREADS=64 rank=31 max_q=4 max_v=64
+// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=128 THREADS=128 rank=30 max_q=4
 // @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=128 THREADS=128 rank=1
 
+const int AT_ONCE = sizeof(acc_t) == 8 ? 2 : 4;  // keys that a warp reads at once, as it waits for each
+static_assert(BLOCK_K % AT_ONCE == 0, "a tile is a whole number of such groups");
 static_assert(BLOCK_Q == 1, "a block holds one query");
 static_assert(BLOCK_K == 32, "a lane of the first warp owns one key of a tile");
 static_assert(BLOCK_V == THREADS && THREADS % 32 == 0, "a thread owns one channel of v; whole warps, for the shuffles");
@@ -15,8 +22,9 @@ static_assert(BLOCK_V == THREADS && THREADS % 32 == 0, "a thread owns one channe
 extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(const AttentionForward p) {
     const Attention &a = p.a;
     const int v_blocks = max(1, ceil_div(a.channels_v, BLOCK_V));
-    const int c = blockIdx.x % v_blocks * BLOCK_V + threadIdx.x;
-    const int i = blockIdx.x / v_blocks % a.length_q, b = blockIdx.x / v_blocks / a.length_q;
+    const Split split(p);
+    const int c = split.block % v_blocks * BLOCK_V + threadIdx.x;
+    const int i = split.block / v_blocks % a.length_q, b = split.block / v_blocks / a.length_q;
     const scalar_t *q = matrix(a.q, a.batch_shape, b) + i * a.q.row_stride;  // q[b, i, :]
     const scalar_t *k = matrix(a.k, a.batch_shape, b), *v = matrix(a.v, a.batch_shape, b);
     __shared__ acc_t weights[BLOCK_K], factor;
@@ -25,12 +33,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(const At
     const int lane = threadIdx.x % 32;
     Softmax softmax = {-infinity(), 0};  // kept by the first warp
     acc_t sum = 0;
-    const int end = end_of_keys(a, i);
-    for (int j0 = first_key(a, i); j0 < end; j0 += BLOCK_K) {
+    int first = first_key(a, i), end = end_of_keys(a, i);
+    split.narrow(first, end, BLOCK_K, p.splits);
+    for (int j0 = first; j0 < end; j0 += BLOCK_K) {
         const int count = min(BLOCK_K, end - j0);
-        for (int n = threadIdx.x / 32; n < count; n += THREADS / 32) {
-            const acc_t distance = warp_distance(q, k + (j0 + n) * a.k.row_stride, a.channels, lane);
-            if (lane == 0) weights[n] = masked(a, b, i, j0 + n, score_of(distance, a));
+        for (int n = threadIdx.x / 32 * AT_ONCE; n < count; n += THREADS / 32 * AT_ONCE) {
+            acc_t distances[AT_ONCE] = {};
+            for (int e = lane; e < a.channels; e += 32) {
+                const acc_t x = to_acc(q[e]);
+#pragma unroll
+                for (int m = 0; m < AT_ONCE; ++m) {  // beyond the last key it is read again
+                    distances[m] += absolute(x - to_acc(k[(j0 + min(n + m, count - 1)) * a.k.row_stride + e]));
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < AT_ONCE; ++m) {
+                const acc_t distance = warp_sum(distances[m]);
+                if (lane == m && n + m < count) weights[n + m] = masked(a, b, i, j0 + n + m, score_of(distance, a));
+            }
         }
         __syncthreads();  // the scores of the tile are there
 
@@ -48,18 +68,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(const At
 
         if (c < a.channels_v) {
             sum *= factor;
-            for (int n = 0; n < count; ++n) {  // the value of a key that is ruled out may be anything
-                if (left[n]) sum += weights[n] * to_acc(v[(j0 + n) * a.v.row_stride + c]);
+#pragma unroll 4
+            for (int n = 0; n < count; ++n) {
+                const acc_t value = to_acc(v[(j0 + n) * a.v.row_stride + c]);
+                sum = left[n] ? sum + weights[n] * value : sum;  // that of a key that is ruled out may be anything
             }
         }
         __syncthreads();  // all are done with the tile
     }
 
     if (threadIdx.x == 0) {
-        softmax.finish();
-        factor = softmax.factor();
-        if (c < BLOCK_V) softmax.store(a, b, i);
+        if (p.splits == 1) softmax.finish();
+        factor = p.splits == 1 ? softmax.factor() : 1;
+        if (c < BLOCK_V) split.store(p, b, i, softmax);
     }
     __syncthreads();  // one over the sum of all weights is there
-    if (c < a.channels_v) store_out(p, b, i, c, sum * factor);
+    if (c < a.channels_v) split.store(p, b, i, c, sum * factor);
 }

@@ -188,12 +188,11 @@ struct Rows {
         Softmax softmax = {largest[r], total[r]};
 #pragma unroll
         for (int step = 1; step < ACROSS; step *= 2) softmax.total += __shfl_xor_sync(0xffffffff, softmax.total, step);
-        softmax.finish();
         return softmax;
     }
 };
 
-#if !defined(L1ATTN_EMULATOR) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
+#if !defined(L1ATTN_EMULATOR) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 800 && TENSOR_CORES || __CUDA_ARCH__ >= 1200)
 const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // there the code takes more registers
 #else
 const int BLOCKS = BLOCKS_PER_SM;
@@ -202,8 +201,9 @@ const int BLOCKS = BLOCKS_PER_SM;
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(const AttentionForward p) {
     const Attention &a = p.a;
     const unsigned v_blocks = max(1, ceil_div(a.channels_v, BLOCK_V)), q_blocks = ceil_div(a.length_q, BLOCK_Q);
-    const unsigned tile = blockIdx.x / v_blocks, b = tile / q_blocks;
-    const int c0 = (blockIdx.x - tile * v_blocks) * BLOCK_V;
+    const Split split(p);
+    const unsigned tile = split.block / v_blocks, b = tile / q_blocks;
+    const int c0 = (split.block - tile * v_blocks) * BLOCK_V;
     const int i0 = (q_blocks - 1 - (tile - b * q_blocks)) * BLOCK_Q;  // causal: the longest first
     const int q_count = min(a.length_q - i0, BLOCK_Q), v_count = min(a.channels_v - c0, BLOCK_V);
     const scalar_t *q = matrix(a.q, a.batch_shape, b) + i0 * a.q.row_stride;  // q[b, i0:i0+BLOCK_Q, :]
@@ -234,8 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
 
     // Keys that all queries of the tile attend to, by their place; those from j0 up to `end` some of them.
     const int all_first = first_key(a, i0 + q_count - 1), all_end = end_of_keys(a, i0);
-    const int end = end_of_keys(a, i0 + q_count - 1);
-    for (int j0 = first_key(a, i0); j0 < end; j0 += TILE_K) {
+    int first = first_key(a, i0), end = end_of_keys(a, i0 + q_count - 1);
+    split.narrow(first, end, TILE_K, p.splits);
+    for (int j0 = first; j0 < end; j0 += TILE_K) {
         const scalar_t *k_from = k + j0 * a.k.row_stride;
         const int k_count = min(a.length_k - j0, TILE_K);
         const bool whole = regular && q_count == BLOCK_Q && k_count == TILE_K;
@@ -310,10 +311,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
 
 #pragma unroll
     for (int r = 0; r < OWN_Q; ++r) {
-        const Softmax softmax = rows.join(r);
+        Softmax softmax = rows.join(r);
+        if (p.splits == 1) softmax.finish();
         if (threadIdx.x % ACROSS != 0) continue;
-        factors[rows.query(r)] = softmax.factor() / WEIGHT_SCALE;
-        if (c0 == 0 && rows.query(r) < q_count) softmax.store(a, b, i0 + rows.query(r));
+        factors[rows.query(r)] = (p.splits == 1 ? softmax.factor() : 1) / WEIGHT_SCALE;
+        if (c0 == 0 && rows.query(r) < q_count) split.store(p, b, i0 + rows.query(r), softmax);
     }
     __syncthreads();  // one over each row's sum of weights is there
     outputs.scale(factors);
@@ -323,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
 #pragma unroll
         for (int c = 0; c < Outputs::COLUMNS; ++c) {
             const int i = i0 + outputs.row(r), column = outputs.column(c);
-            if (column < v_count) store_out(p, b, i, c0 + column, outputs.sum[r][c]);
+            if (column < v_count) split.store(p, b, i, c0 + column, outputs.sum[r][c]);
         }
     }
 }

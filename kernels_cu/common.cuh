@@ -84,7 +84,14 @@ struct Attention {  // what forward and backward share
 struct AttentionForward {
     Attention a;
     Matrix out;       // (B, L, V), in scalar_t, or in acc_t if `unrounded`: see store_out
-    int unrounded, unused;
+    int64 out_split, softmax_split;  // strides of out and softmax from one of `splits` to the next
+    int unrounded, splits;           // see struct Split
+};
+
+struct AttentionMerge {
+    AttentionForward parts;  // what attention_forward made of each split
+    Matrix out, softmax;
+    int unrounded, shares;   // shares: how many warps divide the splits of a row among themselves
 };
 
 struct AttentionSaved {  // what the backward pass starts from
@@ -312,10 +319,6 @@ struct Softmax {
         const acc_t *parts = accumulated(a.softmax, a.batch_shape, b) + i * a.softmax.row_stride;
         largest = parts[0], total = parts[1];
     }
-    __device__ __forceinline__ void store(const Attention &a, int b, int i) const {
-        acc_t *parts = accumulated(a.softmax, a.batch_shape, b) + i * a.softmax.row_stride;
-        parts[0] = largest, parts[1] = total;
-    }
 };
 
 // What stands for the weight of a key that is ruled out: 0 in products, and not what a weight can be.
@@ -323,11 +326,12 @@ __device__ __forceinline__ acc_t ruled_out() { return -(acc_t)0; }
 __device__ __forceinline__ bool is_ruled_out(acc_t weight) { return weight == 0 && signbit(weight); }
 
 // out[b, i, c] = x: unrounded where the backward pass will need it so, which with 16-bit numbers it does.
-__device__ __forceinline__ void store_out(const AttentionForward &p, int b, int i, int c, acc_t x) {
-    if (p.unrounded) {
-        accumulated(p.out, p.a.batch_shape, b)[i * p.out.row_stride + c] = x;
+__device__ __forceinline__ void store_out(const Matrix &out, const int *batch_shape, bool unrounded, int b, int i,
+                                          int64 c, acc_t x) {
+    if (unrounded) {
+        accumulated(out, batch_shape, b)[i * out.row_stride + c] = x;
     } else {
-        matrix(p.out, p.a.batch_shape, b)[i * p.out.row_stride + c] = to_scalar(x);
+        matrix(out, batch_shape, b)[i * out.row_stride + c] = to_scalar(x);
     }
 }
 
@@ -340,6 +344,31 @@ __device__ __forceinline__ int first_query(const Attention &a, int j) { return a
 __device__ __forceinline__ int end_of_queries(const Attention &a, int j) {
     return a.left < 0 || a.left >= a.length_q - j ? a.length_q : j + a.left + 1;
 }
+
+// A block's share of the keys of its queries. Where there are too few blocks of queries to fill a GPU, p.splits blocks take
+// equal parts of the keys of each; their softmax is not finished, their out not divided by its total: attention_merge does.
+struct Split {
+    int index;
+    unsigned block;  // what blockIdx.x would be without splits
+    __device__ __forceinline__ Split(const AttentionForward &p) {
+        block = p.splits == 1 ? blockIdx.x : blockIdx.x / p.splits;
+        index = blockIdx.x - block * p.splits;
+    }
+    // Keys from `first` up to `end` become those of this split: a whole number of tiles, but for the last.
+    __device__ __forceinline__ void narrow(int &first, int &end, int tile, int splits) const {
+        if (splits == 1) return;
+        const unsigned keys = ceil_div(ceil_div(max(0, end - first), splits), tile) * tile;
+        first = min((unsigned)max(first, end), first + index * keys);
+        end = min((unsigned)end, first + keys);
+    }
+    __device__ __forceinline__ void store(const AttentionForward &p, int b, int i, const Softmax &softmax) const {
+        acc_t *parts = accumulated(p.a.softmax, p.a.batch_shape, b) + i * p.a.softmax.row_stride + index * p.softmax_split;
+        parts[0] = softmax.largest, parts[1] = softmax.total;
+    }
+    __device__ __forceinline__ void store(const AttentionForward &p, int b, int i, int c, acc_t x) const {
+        store_out(p.out, p.a.batch_shape, p.unrounded, b, i, c + index * p.out_split, x);
+    }
+};
 
 // p and ds of query i and key j, by a warp, and the score without the mask. Returns whether the key is left: where it is
 // ruled out it may hold anything, and p and ds are 0.

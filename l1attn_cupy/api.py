@@ -153,7 +153,7 @@ def variants(op: str | None = None) -> list[Any]:
     Parameters
     ----------
     op : str, optional
-        "scores_forward", "scores_backward", "attention_forward", "attention_backward" or
+        "scores_forward", "scores_backward", "attention_forward", "attention_merge", "attention_backward" or
         "attention_mask_gradient"; by default all.
 
     Returns

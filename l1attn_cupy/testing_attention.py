@@ -10,7 +10,8 @@ Errors are relative to the size of the terms that a result is the sum of, elemen
 
 For 16-bit and float32 arrays, the error may be 2 times (out and lse) or 3 times (gradients) that of the naive formula:
 scores by broadcasting, `torch.softmax`, a matrix product, and autograd, in float32, from the same arrays; its results
-are rounded to their dtype at the end. Added are `testing.ROUNDINGS` of float32, as the error of a small sum may be 0.
+are rounded to their dtype at the end. Its error is the largest over `testing.ORDERS` orders of rows and channels. Added
+are `testing.ROUNDINGS` of float32, as the error of a small sum may be 0.
 The same holds for the largest error of all, not relative to anything, with these roundings of the largest result.
 
 In float64 the naive formula is itself the yardstick, so the bound is the worst case of both sides, with u = eps / 2::
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,8 +68,12 @@ class Inputs(NamedTuple):
 
     def to(self, device: str) -> Inputs:
         """The same arrays on another device."""
-        mask, grad_lse = (None if x is None else x.to(device) for x in (self.mask, self.grad_lse))
-        query, key, value, grad_out = (x.to(device) for x in (self.query, self.key, self.value, self.grad_out))
+        return self.map(lambda x: x.to(device))
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """What ``function`` makes of each array that is there."""
+        mask, grad_lse = (None if x is None else function(x) for x in (self.mask, self.grad_lse))
+        query, key, value, grad_out = (function(x) for x in (self.query, self.key, self.value, self.grad_out))
         return Inputs(query, key, value, mask, grad_out, grad_lse)
 
 
@@ -114,6 +119,15 @@ def run(given: Inputs, **call: Any) -> list[torch.Tensor]:
     out, lse = api.l1_attention(query, key, value, mask, return_lse=True, **call)
     grad_lse = torch.zeros_like(lse) if given.grad_lse is None else given.grad_lse
     return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], tracked, [given.grad_out, grad_lse])]
+
+
+class _Order(NamedTuple):
+    """Orders of rows and channels, in which the naive formula adds up."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    channels: torch.Tensor
+    channels_v: torch.Tensor
 
 
 class _Gradients(NamedTuple):
@@ -170,10 +184,21 @@ class ExpectedAttention:
         """How far the gradients of query, key, value and, if given, of the mask are from what they should be."""
         return [e.agreement(x, self.dtype) for x, e in zip(gradients, self._gradients, strict=False)]
 
+    @property
+    def exact_results(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse of the formula in float64."""
+        return self._formula(torch.float64)
+
+    @functools.cached_property
+    @testing.one_thread()
+    def exact_gradients(self) -> list[torch.Tensor]:
+        """Those of the formula in float64."""
+        return self._autograd(self._of_reference, torch.float64)
+
     @functools.cached_property
     @testing.one_thread()
     def _results(self) -> list[_Exact]:
-        exact = self._formula(torch.float64)
+        exact = self.exact_results
         scores = self._scores(torch.float64)
         largest = scores.masked_fill(scores == -torch.inf, 0).abs().amax(-1) if scores.shape[-1] else exact[1].abs()
         weights = _weights(scores, exact[1])
@@ -182,27 +207,39 @@ class ExpectedAttention:
         if self.dtype == torch.float64:
             return [_Exact(exact[n], sizes[n], self._bound64()) for n in (0, 1)]
         with torch.no_grad():
-            out, lse = self._naive(*self._leaves(torch.float32))
-        return [self._judged(FORWARD_MULTIPLE, *x) for x in zip(exact, sizes, (out.to(self.dtype), lse), strict=True)]
+            naive = [self._naive(order, *self._leaves(torch.float32)) for order in self._orders]
+        outs, lses = zip(*naive, strict=True)
+        results = [out.to(self.dtype) for out in outs], lses
+        return [self._judged(FORWARD_MULTIPLE, *x) for x in zip(exact, sizes, results, strict=True)]
 
     @functools.cached_property
     @testing.one_thread()
     def _gradients(self) -> list[_Exact]:
-        exact, sizes = self._autograd(self._of_reference, torch.float64), self._sizes()
+        exact, sizes = self.exact_gradients, self._sizes()
         if self.dtype == torch.float64:
             bounds = [self._bound64(terms=self._terms(array)) for array in exact]
             return [_Exact(*x) for x in zip(exact, sizes, bounds, strict=False)]
-        naive = [gradient.to(self.dtype) for gradient in self._autograd(self._naive, torch.float32)]
-        return [self._judged(BACKWARD_MULTIPLE, *x) for x in zip(exact, sizes, naive, strict=False)]
+        naive = [self._autograd(functools.partial(self._naive, order), torch.float32) for order in self._orders]
+        results = [[gradient.to(self.dtype) for gradient in same] for same in zip(*naive, strict=True)]
+        return [self._judged(BACKWARD_MULTIPLE, *x) for x in zip(exact, sizes, results, strict=False)]
 
-    def _judged(self, multiple: int, exact: torch.Tensor, size: torch.Tensor, naive: torch.Tensor) -> _Exact:
-        """With the bound that the error of the naive formula gives."""
-        error = testing._relative(naive, exact, size)
+    def _judged(self, multiple: int, exact: torch.Tensor, size: torch.Tensor, naive: Sequence[torch.Tensor]) -> _Exact:
+        """With the bound that the errors of the naive formula give."""
+        error = max(testing._relative(one, exact, size) for one in naive)
         if not math.isfinite(error):
             raise ValueError("the naive formula in float32 overflows here: choose other numbers")
         roundings = testing.ROUNDINGS * torch.finfo(torch.float32).eps / 2
-        largest = multiple * _largest_error(naive, exact) + roundings * _largest_error(torch.zeros_like(naive), exact)
+        largest = multiple * max(_largest_error(one, exact) for one in naive)
+        largest += roundings * _largest_error(torch.zeros_like(exact), exact)
         return _Exact(exact, size, multiple * error + roundings, largest)
+
+    @property
+    def _orders(self) -> list[_Order]:
+        sizes = (self.query.shape[-2], *self.key.shape[-2:], self.value.shape[-1])
+        generator = torch.Generator().manual_seed(0)
+        given = _Order(*(torch.arange(n) for n in sizes))
+        rest = (_Order(*(torch.randperm(n, generator=generator) for n in sizes)) for _ in range(testing.ORDERS - 1))
+        return [given, *rest]
 
     def _leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Query, key, value and a mask that is added, in ``dtype``."""
@@ -210,19 +247,23 @@ class ExpectedAttention:
         return [x.to(dtype) for x in given if x is not None and x.dtype is not torch.bool]
 
     def _naive(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+        self, order: _Order, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse by the naive formula in the dtype of its arguments; NaN of rows without a key becomes 0."""
-        scores = reference.l1_scores(query, self._shared(key), dtype=query.dtype, **self.options)
         added = self._added(query.dtype)
-        if mask is not None:
-            added = torch.where(added == -torch.inf, added, mask)
+        if mask:
+            added = torch.where(added == -torch.inf, added, mask[0])
+        added = _taken(added, order.queries, order.keys)
+        query, key = _taken(query, order.queries, order.channels), _taken(key, order.keys, order.channels)
+        scores = reference.l1_scores(query, self._shared(key), dtype=query.dtype, **self.options)
         scores = torch.where(added == -torch.inf, added, scores + added)
         none = (scores == -torch.inf).all(-1, keepdim=True)
         scores = scores.masked_fill(none, 0)
+        value = _taken(value, order.keys, order.channels_v)
         out = torch.softmax(scores, -1).masked_fill(none, 0) @ self._shared(value)
-        lse = torch.logsumexp(scores, -1).masked_fill(none.squeeze(-1), -torch.inf)
-        return out, lse.expand(out.shape[:-1])
+        lse = torch.logsumexp(scores, -1).masked_fill(none.squeeze(-1), -torch.inf).expand(out.shape[:-1])
+        back = order.queries.argsort()
+        return _taken(out, back, order.channels_v.argsort()), lse[..., back]
 
     def _of_reference(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: torch.Tensor) -> Any:
         added = mask[0] if mask else self.mask
@@ -331,6 +372,10 @@ class ExpectedAttention:
         if terms is None:
             return 2 * (2 * exponent + u * (2 * length + 10))
         return 2 * (4 * exponent + 2 * e + u * (4 * length + 2 * self.value.shape[-1] + terms + 20))
+
+
+def _taken(array: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return array[..., rows, :][..., columns]
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:

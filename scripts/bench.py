@@ -8,6 +8,7 @@
     python scripts/bench.py --ring                         one sequence on several processes: time, memory of each
     python scripts/bench.py --huge-pages                   without most page faults of new results
     python scripts/bench.py --device cuda --json gpu.json  on a GPU
+    python scripts/bench.py --markdown                     README's tables anew from benchmarks/*.json, nothing is run
 
 One term is one |q - k| added to one sum. A forward has B*L*S*E terms; a backward has as many for dquery and
 as many again for dkey; forward+backward is the three together. Nothing here asserts a time: the exit status
@@ -28,7 +29,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}; the benchmark needs pip install 'l1attn_cupy[bench]'") from error
 
-from benchlib import footprint, report
+from benchlib import footprint, markdown, report
 from benchlib.attention import attention
 from benchlib.cases import ITEMSIZE
 from benchlib.limits import Limits
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", help="comma-separated; default float32, and a second one at the main shape")
     parser.add_argument("--repeats", type=int, help="most rounds of one peer (default 9, on a GPU 25)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
+    parser.add_argument("--markdown", action="store_true", help="README's tables from benchmarks/*.json")
     parser.add_argument("--only", help=f"comma-separated of {', '.join(PARTS)} (default all)")
     parser.add_argument("--ring", action="store_true", help="ring attention alone, which other runs leave out")
     parser.add_argument("--peers", help=f"comma-separated of {', '.join(PEERS)}")
@@ -73,6 +75,9 @@ def main() -> int:
     """Run the parts asked for; 1 if a result of ours is missing or wrong."""
     begin = time.perf_counter()
     options = arguments()
+    if options.markdown:
+        markdown.write()
+        return 0
     settings = settle(options)
     neighbours = report.Neighbours()
     stated = method(settings)

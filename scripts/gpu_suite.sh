@@ -25,6 +25,7 @@ done
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_COMPILE_THREADS=1 # its pool of processes outlives the tests, which then never end
 python=${PYTHON:-python3}
 
 parts=()

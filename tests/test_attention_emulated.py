@@ -17,6 +17,7 @@ from l1attn_cupy.cuda import registry
 from l1attn_cupy.emulator import engine
 from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
 
+NEGATIVE = {"score": "negative", "scale": 0.1}
 VARIANTS = sorted({variant.name for variant in registry.variants("attention_forward")})
 
 
@@ -78,6 +79,15 @@ def test_attention_emulated_sizes(machine, variant, sizes):
     machine.check(given, variant, **options("negative", channels))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lengths", [(1, 1500), (1500, 9)], ids=str)
+def test_attention_emulated_long_sums(machine, variant, lengths):
+    """A chain of so many additions rounds more than the formula does: sums are summed in parts."""
+    length_q, length_k = lengths
+    given = testing_attention.inputs((length_q, 17), (length_k, 17), 16, "float32", ties=True)
+    machine.check(given, variant, **options("negative", 17))
+
+
 MASKS = [
     None,
     ("bool", (9, 40)),
@@ -97,6 +107,65 @@ def test_attention_emulated_options_in_pairs(machine, variant, mask, place):
     number = MASKS.index(mask) + PLACES.index(place)
     given = testing_attention.inputs((2, 4, 9, 17), (2, 2, 40, 17), 5, DTYPES[number % 4], mask=mask, enable_gqa=True)
     machine.check(given, variant, enable_gqa=True, **place, **options(SCORES[number % 3], 17))
+
+
+SPLIT = [
+    ("float32", None, {"is_causal": True}),
+    ("float16", ("added", (2, 1, 301)), {"window": (150, 9)}),
+    ("bfloat16", ("bool", (2, 301, 1)), {"window": (-1, 40)}),
+    ("float64", ("bool", (301, 301)), {"is_causal": True}),
+]
+
+
+@pytest.mark.parametrize("dtype, mask, place", SPLIT, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_emulated_splits(machine, variant, dtype, mask, place):
+    """Few queries and many keys: blocks share the keys of a query, with masks, windows and shared heads."""
+    given = testing_attention.inputs((2, 301, 17), (1, 301, 17), 33, dtype, mask=mask, enable_gqa=True)
+    out, lse = _split(machine, variant, given, enable_gqa=True, **NEGATIVE, **place)
+    ExpectedAttention(*given, enable_gqa=True, **NEGATIVE, **place).assert_results(out, lse)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_emulated_splits_without_a_key(machine, variant):
+    """Splits without a key count for nothing, whatever their values are; nor do rows without one."""
+    given = testing_attention.inputs((2, 33, 17), (2, 301, 17), 33, "float32", mask=("bool", (33, 301)))
+    given.mask[:, :140] = given.mask[5] = False
+    given.mask[7, :] = torch.arange(301) == 3
+    expected = ExpectedAttention(*given, **NEGATIVE)
+    value = given.value.clone()
+    value[:, 4:140] = torch.nan
+    out, lse = _split(machine, variant, given._replace(value=value), **NEGATIVE)
+    expected.assert_results(out, lse)
+    assert (out[:, 5] == 0).all()
+    assert (lse[:, 5] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("channels_v", [0, 33])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_emulated_many_splits(machine, variant, channels_v):
+    """Several warps join the splits of a row; of rows with a query at infinity nothing but NaN comes."""
+    given = testing_attention.inputs((3, 5), (2203, 5), channels_v, "float32")
+    out, lse = _split(machine, variant, given, **NEGATIVE)
+    ExpectedAttention(*given, **NEGATIVE).assert_results(out, lse)
+    query = given.query.clone()
+    query[1] = torch.inf
+    far, lse_far = _split(machine, variant, given._replace(query=query), **NEGATIVE)
+    assert far[1].isnan().all()
+    assert lse_far[1].isnan()
+    assert_identical(far[::2], out[::2])
+    assert_identical(lse_far[::2], lse[::2])
+
+
+def _split(machine, variant, given, **call):
+    """out and lse of a call that is split."""
+    before = engine.kernels_executed()
+    query, key, value, mask, *_ = given.to(machine.device)
+    results = l1.l1_attention(
+        query, key, value, mask, return_lse=True, backend=machine.backend, variant=variant, **call
+    )
+    assert engine.kernels_executed() == before + (2 if machine.backend == "emulator" else 0)
+    return [x.cpu() for x in results]
 
 
 @pytest.mark.parametrize("shapes", BROADCAST, ids=str)

@@ -388,14 +388,14 @@ def test_tune_counts_what_tiles_compute_in_vain():
 def test_report_html(capsys, folder):
     """One file that refers to no other: every variant for the dtype, its instructions per term, peers, the limit."""
     file = folder / "page.html"
-    bench = ROOT / "benchmarks" / "nvidia-h200.json"
+    bench = ROOT / "benchmarks" / "nvidia-h100-80gb-hbm3.json"
     status, text = lab(capsys, "report", "scores_forward", "--output", file, "--bench", bench)
     assert status == 0, text
     page = file.read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     picture = base64.b64decode(re.search(r"data:image/svg\+xml;base64,([^\"]+)", page)[1])
     assert b"<svg" in picture
-    limits = json.loads(bench.read_text())["limits"]
+    limits = json.loads(bench.read_text())["bench"]["limits"]
     limit = next(one["median"] for one in limits if (one["op"], one["dtype"]) == ("forward", "float32"))
     assert f"{limit * 1e9:.3g} terms/s" in page
     for variant in registry.variants("scores_forward"):

@@ -6,7 +6,7 @@ import subprocess
 import textwrap
 
 import pytest
-from child import start
+from child import ROOT, start
 
 from l1attn_cupy import config
 
@@ -31,6 +31,20 @@ def test_scripts_help(name):
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     assert "--help" in done.stdout
+
+
+def test_readme_has_the_tables_of_all_benchmarks():
+    """What ``bench.py --markdown`` would write is there."""
+    code = """
+        import sys
+        sys.path.insert(1, "scripts")
+        from benchlib import markdown
+        print(markdown.BEGIN + markdown.tables() + markdown.END)
+    """
+    tables = start(textwrap.dedent(code))
+    assert tables.returncode == 0, tables.stderr
+    assert tables.stdout.strip() in (ROOT / "README.md").read_text(), "run scripts/bench.py --markdown"
+    assert all(file.name in tables.stdout for file in (ROOT / "benchmarks").glob("*.json"))
 
 
 @pytest.mark.slow

@@ -26,7 +26,27 @@ def attention_forward(
         if part.length_q == 0:
             continue
         written = {name: arrays_of.pop(name) for name in ("out", "softmax")}
-        machine(launch_attention.attention_forward(part, specs), arrays_of, written)
+        if launch_attention.splits(part) == 1:
+            machine(launch_attention.attention_forward(part, specs), arrays_of, written)
+        else:
+            _forward_in_parts(machine, part, arrays_of, specs, written)
+
+
+def _forward_in_parts(
+    machine: Machine,
+    plan: AttentionPlan,
+    given: Mapping[str, Any],
+    specs: Mapping[str, ArraySpec],
+    written: Mapping[str, Any],
+) -> None:
+    """One sequence, the keys of which are shared by many blocks."""
+    of_one = launch_attention.parts(plan)
+    lead = (launch_attention.splits(plan),)
+    parts = {name: arrays.empty(lead + spec.shape, given["query"], spec.dtype) for name, spec in of_one.items()}
+    machine(launch_attention.attention_forward(plan, {**specs, **of_one}), given, parts)
+    merged = {name: specs[name] for name in written} | {f"{name}_parts": spec for name, spec in of_one.items()}
+    merge = launch_attention.attention_merge(plan, merged)
+    machine(merge, {f"{name}_parts": array for name, array in parts.items()}, written)
 
 
 def attention_backward(

@@ -10,13 +10,19 @@ from typing import cast
 import numpy as np
 
 from ..functions import SCORES
-from ..plan import ArraySpec, batch_strides, broadcast_dims, collapse
-from ..plan_attention import AttentionPlan
+from ..plan import ArraySpec, batch_strides, broadcast_dims, collapse, contiguous
+from ..plan_attention import UNLIMITED, AttentionPlan
 from . import registry
 from .launch import _MATRIX, _NUMBER, MAX_BATCH_DIMS, Launch, _launch, _number, _offset, _pick, _tiles
+from .registry import Variant
 
 NO_MASK, BOOLEAN, ADDITIVE = range(3)
 _MOST = 2**31 - 1
+
+#: Splits of the keys give a call at most so many blocks, and blocks at least so many keys. They depend on sizes alone,
+#: so that every device comes to the same bits.
+SPLIT_BLOCKS, SPLIT_KEYS = 1536, 128
+_SHARES = 8
 
 _ATTENTION = np.dtype(
     [
@@ -30,7 +36,21 @@ _ATTENTION = np.dtype(
     align=True,
 )
 _FORWARD = np.dtype(
-    [("a", _ATTENTION), ("out", _MATRIX), *((name, "i4") for name in ("unrounded", "unused"))], align=True
+    [
+        ("a", _ATTENTION),
+        ("out", _MATRIX),
+        *((name, "i8") for name in ("out_split", "softmax_split")),
+        *((name, "i4") for name in ("unrounded", "splits")),
+    ],
+    align=True,
+)
+_MERGE = np.dtype(
+    [
+        ("parts", _FORWARD),
+        *((name, _MATRIX) for name in ("out", "softmax")),
+        *((name, "i4") for name in ("unrounded", "shares")),
+    ],
+    align=True,
 )
 _SAVED = np.dtype(
     [
@@ -57,8 +77,28 @@ _GIVEN = ("grad_out", "delta")
 
 
 def attention_forward(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
-    """The launch that computes out, in its own dtype, and softmax, from query, key, value and mask."""
+    """The launch that computes out, in its own dtype, and softmax, from query, key, value and mask.
+
+    If `splits` is not 1, out and softmax are those of `parts`, for `attention_merge`.
+    """
     return _forward(registry.generation(), plan, tuple(specs.items()))
+
+
+def splits(plan: AttentionPlan) -> int:
+    """How many blocks share the keys of a tile of queries: more than one where there are few tiles."""
+    return _splits(registry.generation(), plan)
+
+
+def parts(plan: AttentionPlan) -> dict[str, ArraySpec]:
+    """out and softmax of one split, as kernels see them; all splits follow on each other in memory."""
+    shapes = {"out": plan.channels_v, "softmax": 2}
+    like = plan.query._replace(dtype=plan.lse_dtype)
+    return {name: contiguous(like, (*plan.batch, plan.length_q, columns)) for name, columns in shapes.items()}
+
+
+def attention_merge(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
+    """The launch that computes out and softmax from those of the `parts`, "out_parts" and "softmax_parts"."""
+    return _merge(registry.generation(), plan, tuple(specs.items()))
 
 
 def attention_backward(plan: AttentionPlan, specs: Mapping[str, ArraySpec], dx: str, dxv: str) -> Launch:
@@ -79,9 +119,60 @@ def _forward(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, Arra
     _fill_batch(args["a"], plan, known, matrices, range(len(plan.batch)))
     _fill_attention(args["a"], plan, known)
     args["unrounded"] = known["out"].dtype != plan.query.dtype
-    blocks = _tiles(plan.length_q, variant, "BLOCK_Q") * max(1, _tiles(plan.channels_v, variant, "BLOCK_V"))
+    count = _splits(_generation, plan)
+    args["splits"] = count
+    if count > 1:
+        _fill_parts(args, plan, count)
     places = {**_offsets(_FORWARD, "a", _SHARED), "out": _offset(_FORWARD, "out")}
-    return _launch(variant, plan, args, math.prod(plan.batch) * blocks, places.items())
+    return _launch(variant, plan, args, _blocks(plan, variant) * int(args["splits"]), places.items())
+
+
+def _blocks(plan: AttentionPlan, variant: Variant) -> int:
+    """Blocks of the forward pass without splits."""
+    tiles = _tiles(plan.length_q, variant, "BLOCK_Q") * max(1, _tiles(plan.channels_v, variant, "BLOCK_V"))
+    return math.prod(plan.batch) * tiles
+
+
+@functools.lru_cache(maxsize=1024)
+def _splits(_generation: int, plan: AttentionPlan) -> int:
+    variant = _pick("attention_forward", plan)
+    left, right = plan.window
+    keys = (
+        plan.length_k if UNLIMITED in plan.window else min(plan.length_k, left + variant.parameters["BLOCK_Q"] + right)
+    )
+    return max(1, min(SPLIT_BLOCKS // _blocks(plan, variant), -(-keys // SPLIT_KEYS)))
+
+
+def _fill_parts(args: np.ndarray, plan: AttentionPlan, count: int) -> None:
+    """That out and softmax are the parts: unrounded, one split after the other."""
+    args["splits"], args["unrounded"] = count, True
+    for name, spec in parts(plan).items():
+        args[f"{name}_split"] = math.prod(spec.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _merge(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
+    count = _splits(_generation, plan)
+    # The variant that was asked for is one of the forward pass, which has added the mask.
+    plan = plan._replace(mask=None, options=plan.options._replace(variant=None))
+    variant = _pick("attention_merge", plan)
+    args, known = np.zeros((), _MERGE), dict(specs)
+    given = {"out_parts": (args["parts"], "out"), "softmax_parts": (args["parts"]["a"], "softmax")}
+    written = {name: (args, name) for name in ("out", "softmax")}
+    _fill_batch(args["parts"]["a"], plan, known, {**given, **written}, range(len(plan.batch)))
+    _fill_attention(args["parts"]["a"], plan, known)
+    _fill_parts(args["parts"], plan, count)
+    args["unrounded"] = known["out"].dtype != plan.query.dtype
+    args["shares"] = _SHARES if count > 2 * _SHARES else 1
+    warps = math.prod(plan.batch) * plan.length_q * max(1, _tiles(plan.channels_v, variant, "BLOCK_V"))
+    blocks = -(-warps * int(args["shares"]) * 32 // variant.parameters["THREADS"])
+    inner = _offset(_FORWARD, "a") + _offset(_ATTENTION, "softmax")
+    places = {
+        "out_parts": _offset(_FORWARD, "out"),
+        "softmax_parts": inner,
+        **{name: _offset(_MERGE, name) for name in written},
+    }
+    return _launch(variant, plan, args, blocks, places.items())
 
 
 @functools.lru_cache(maxsize=1024)

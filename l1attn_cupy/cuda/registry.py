@@ -22,6 +22,7 @@ OPS = {
     "scores_forward": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
     "scores_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"}, {"BLOCK_Q", "BLOCK_K", "BLOCK_E", "THREADS", "ATOMIC"}),
     "attention_forward": ({"BLOCK_Q", "BLOCK_V", "THREADS"},),
+    "attention_merge": ({"BLOCK_V", "THREADS"},),
     "attention_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"},),
     "attention_mask_gradient": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
 }

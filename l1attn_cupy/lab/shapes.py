@@ -16,8 +16,8 @@ class Shape(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As the registry takes them."""
-        return {"q": self.length_q, "k": self.length_k, "e": self.channels}
+        """As the registry takes them; values of attention are as wide as keys."""
+        return {"q": self.length_q, "k": self.length_k, "e": self.channels, "v": self.channels}
 
     @property
     def pairs(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..cuda import devices, registry, tuning
 from ..cuda.registry import KernelError, Variant
 from . import problems
+from .problem import Op
 from .shapes import Shape
 
 ROUNDS, WARM_UP = 15, 3
@@ -98,7 +99,7 @@ def rank(entrants: dict[str, Variant], dtype: str, shape: Shape) -> list[Timed]:
     ]
 
 
-def _call(variant: Variant, op: problems.Op, dtype: str, shape: Shape) -> Callable[[], Any]:
+def _call(variant: Variant, op: Op, dtype: str, shape: Shape) -> Callable[[], Any]:
     call = op.prepare(variant.name, dtype, shape)
 
     def run() -> Any:

@@ -20,6 +20,7 @@ from ..cuda.registry import KernelError, Variant
 from . import checking, child, costs, new, problems, screen, timing
 from .checking import Right
 from .costs import Costs
+from .problem import PROBLEMS
 from .shapes import Shape
 
 
@@ -219,7 +220,7 @@ def _first_right(
             unknown = "cannot be ranked without a GPU: no term is recognised in its machine code"
             return [*(c._replace(why_not=unknown) for c in ranked[at:]), *wrong, *rest]
         arguments = (variant.with_parameters(candidate.chosen), dtype, "emulator", wanted.limit)
-        event = child.first(check_one, *arguments, limit=len(problems.PROBLEMS) * wanted.limit + child.COMPILING)
+        event = child.first(check_one, *arguments, limit=len(PROBLEMS) * wanted.limit + child.COMPILING)
         why_not = event.message if isinstance(event, child.Died) else event
         if not why_not:
             return [*ranked[at:], *wrong, *rest]

@@ -230,4 +230,4 @@ def attention(settings: Settings) -> dict[str, Any]:
         figures = [report.number(found.get(key)) for key in ("peak_mib", "outputs_mib", "extra_mib", "seconds")]
         table.append([op, *figures, found.get("error", f"the matrix of scores would be {length**2 / 2**18:.0f} MiB")])
     print(report.table(["op", "added", "outputs", "beyond", "seconds", "note"], table), flush=True)
-    return {"contest": records, "share": share, "decode": decoded, "causal": saved, "memory": memory}
+    return {"shape": shape, "contest": records, "share": share, "decode": decoded, "causal": saved, "memory": memory}

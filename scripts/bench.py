@@ -103,6 +103,7 @@ def main() -> int:
         "ring": ring,
     }
     result |= {name: part(settings) for name, part in parts.items() if name in settings.only}
+    failed |= any("error" in record for record in result.get("ring", ()))
     result |= {"neighbours": neighbours.describe(), "seconds": round(time.perf_counter() - begin, 1)}
     print(f"\n{result['neighbours']}; the whole run took {result['seconds']:.0f} s")
     if options.json:

@@ -1,6 +1,6 @@
 """What the processes of a world do: every case on all ranks, one after another, until one fails.
 
-python distributed_cases.py RANK SIZE FOLDER CASES...
+python distributed_cases.py RANK SIZE FOLDER BACKEND CASES...
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import l1attn_cupy as l1
-from l1attn_cupy import distributed, testing_attention
+from l1attn_cupy import testing_attention
 from l1attn_cupy.distributed import groups, register_dtensor, ring, ring_l1_attention, zigzag_shard, zigzag_unshard
 from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
 
@@ -39,6 +39,18 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
+#: Those that work on GPUs as well, with the backend nccl.
+ON_GPUS = (
+    *("full", "causal", "other_scores", "windows", "lengths_differ", "queries_without_a_key", "batches_broadcast"),
+    *("deterministic", "some_gradients", "without_a_check", "overlapped"),
+)
+
+
+def device() -> str:
+    """Where this rank's shards are."""
+    return f"cuda:{dist.get_rank()}" if dist.get_backend() == "nccl" else "cpu"
+
+
 class Call(NamedTuple):
     """A call of ring attention: whole arrays, how they are cut, and options."""
 
@@ -48,6 +60,7 @@ class Call(NamedTuple):
 
     def shard(self, array: torch.Tensor, dim: int = -2) -> torch.Tensor:
         """This rank's part; without zigzag, ranks that come later have more rows, and the first of four has none."""
+        array = array.to(device())
         if self.zigzag:
             return zigzag_shard(array, dim=dim)
         size, rank, length = dist.get_world_size(), dist.get_rank(), array.shape[dim]
@@ -79,11 +92,11 @@ class Call(NamedTuple):
 
 
 def joined(shard: torch.Tensor, zigzag: bool, dim: int) -> torch.Tensor:
-    """The whole array, from all ranks."""
+    """The whole array on the CPU, from all ranks."""
     if zigzag:
-        return zigzag_unshard(shard, dim=dim)
+        return zigzag_unshard(shard, dim=dim).cpu()
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, shard)
+    dist.all_gather_object(parts, shard.cpu())
     return torch.cat(parts, dim)
 
 
@@ -648,14 +661,13 @@ def expect_loss_of_a_peer(function: Callable[[], Any]) -> None:
         raise AssertionError("nothing was raised")
 
 
-def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
+def main(rank: int, size: int, folder: Path, backend: str, names: list[str]) -> None:
     torch.set_num_threads(1)
-    assert distributed.__all__
     torch.manual_seed(rank)
-    timeout = datetime.timedelta(seconds=TIMEOUT_S)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size, timeout=timeout
-    )
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    files, timeout = dist.FileStore(str(folder / "store"), size), datetime.timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group(backend, store=files, rank=rank, world_size=size, timeout=timeout)
     told: dict[str, str] = {}
     for name in names:
         try:
@@ -672,4 +684,4 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])

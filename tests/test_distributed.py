@@ -38,9 +38,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_world(folder: Path, size: int, *cases: str) -> list[dict[str, str]]:
+def run_world(folder: Path, size: int, *cases: str, backend: str = "gloo") -> list[dict[str, str]]:
     """What each rank tells of each case; all processes have ended."""
-    command = [sys.executable, str(Path(distributed_cases.__file__)), "RANK", str(size), str(folder), *cases]
+    command = [sys.executable, str(Path(distributed_cases.__file__)), "RANK", str(size), str(folder), backend, *cases]
     logs = [folder / f"rank{rank}.log" for rank in range(size)]
     processes = []
     try:
@@ -106,6 +106,18 @@ def test_distributed_error_within_the_timeout(worlds, case):
     """Of rank 0, whose peer is the one that is lost; it would wait far beyond the limit of this test."""
     told = worlds(2)[0]
     assert told.get(case) == "ok", f"{told.get(case, 'not run')}\n{told['log']}"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_distributed_on_gpus(tmp_path):
+    """The same between GPUs, by NCCL."""
+    size = min(4, torch.cuda.device_count())
+    if size < 2:
+        pytest.skip("a ring of GPUs needs two of them")
+    for rank, told in enumerate(run_world(tmp_path, size, *distributed_cases.ON_GPUS, backend="nccl")):
+        for case in distributed_cases.ON_GPUS:
+            assert told.get(case) == "ok", f"rank {rank}, {case}: {told.get(case, 'not run')}\n{told['log']}"
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
 
 #: Seconds after which a process that waits for another gives up; the second where there is none to come.
 TIMEOUT_S = 120
-TIMEOUT_OF_THE_DEAD_S = 5
+TIMEOUT_OF_THE_DEAD_S = 8
 
 CASES: dict[str, Callable[[], None]] = {}
 

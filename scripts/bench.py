@@ -5,6 +5,7 @@
     python scripts/bench.py --quick                        about one
     python scripts/bench.py --only forward --shapes main   one figure
     python scripts/bench.py --only attention               fused attention: time, causality, memory
+    python scripts/bench.py --ring                         one sequence on several processes: time, memory of each
     python scripts/bench.py --huge-pages                   without most page faults of new results
     python scripts/bench.py --device cuda --json gpu.json  on a GPU
     python scripts/bench.py --markdown                     README's tables anew from benchmarks/*.json, nothing is run
@@ -33,6 +34,7 @@ from benchlib.attention import attention
 from benchlib.cases import ITEMSIZE
 from benchlib.limits import Limits
 from benchlib.peers import OURS, PEERS
+from benchlib.ring import ring
 from benchlib.settings import PARTS, method, settle
 from benchlib.speed import time_cases
 
@@ -49,11 +51,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     parser.add_argument("--markdown", action="store_true", help="README's tables from benchmarks/*.json")
     parser.add_argument("--only", help=f"comma-separated of {', '.join(PARTS)} (default all)")
+    parser.add_argument("--ring", action="store_true", help="ring attention alone, which other runs leave out")
     parser.add_argument("--peers", help=f"comma-separated of {', '.join(PEERS)}")
     parser.add_argument("--threads", type=int, help="CPU threads of every peer (default: torch's)")
     huge = "let torch put large CPU tensors in huge pages: a fault per 2 MiB of a new result, not per 4 KiB"
     parser.add_argument("--huge-pages", action="store_true", help=huge)
     options = parser.parse_args()
+    if options.ring and options.only:
+        parser.error("--ring runs alone, without --only")
     lists = (
         (options.only, PARTS, "--only"),
         (options.peers, PEERS, "--peers"),
@@ -95,8 +100,10 @@ def main() -> int:
         "memory": footprint.memory,
         "overhead": footprint.overhead,
         "startup": footprint.startup,
+        "ring": ring,
     }
     result |= {name: part(settings) for name, part in parts.items() if name in settings.only}
+    failed |= any("error" in record for record in result.get("ring", ()))
     result |= {"neighbours": neighbours.describe(), "seconds": round(time.perf_counter() - begin, 1)}
     print(f"\n{result['neighbours']}; the whole run took {result['seconds']:.0f} s")
     if options.json:

@@ -40,9 +40,8 @@ def overhead(settings: Settings) -> list[dict[str, Any]]:
     for name in ["empty", *peers, *(["attention"] if "ours" in peers else [])]:
         found = in_fresh_process("overhead", "--device", settings.device, "--calls", calls, "--peer", name)
         records.append({"peer": name, **found})
-    print(
-        f"\nA call on (1, 16, 16, 16) float32 on one thread, median of {calls}, us; empty: a torch op that only allocates;"
-    )
+    print(f"\nA call on (1, 16, 16, 16) float32 on one thread, median of {calls}, us")
+    print("empty: a torch op that only allocates")
     print("attention: l1_attention of the same, key being value")
     lines = [[r["peer"], *(report.number(r.get(key)) for key in STEPS), r.get("error", "")] for r in records]
     print(report.table(["peer", "forward", "for gradients", "forward+backward", "note"], lines), flush=True)

@@ -89,6 +89,7 @@ def settle(options: argparse.Namespace) -> Settings:
         torch.set_num_threads(options.threads)
     names = [name for name in PEERS if not (options.quick and name in ("compile", "keops"))]
     gpu = torch.cuda.get_device_properties(0) if cuda else None
+    parts = options.only.split(",") if options.only else PARTS[:-1] if options.quick else PARTS
     return Settings(
         device=options.device,
         cases=choose_cases(options),
@@ -96,7 +97,7 @@ def settle(options: argparse.Namespace) -> Settings:
         peers_given=bool(options.peers),
         rounds=options.repeats or (25 if cuda else 5 if options.quick else 9),
         quick=options.quick,
-        only=set(options.only.split(",")) if options.only else set(PARTS[:-1] if options.quick else PARTS),
+        only={"ring"} if options.ring else set(parts),
         threads=torch.get_num_threads(),
         eager_bytes=gpu.total_memory // 12 if gpu else GIB // 4,
         cache_bytes=getattr(gpu, "L2_cache_size", CPU_CACHE_BYTES),
@@ -111,6 +112,13 @@ def method(settings: Settings) -> list[str]:
         device = report.processor()
         clock = f"wall time, {settings.threads} threads (SciPy: one); calls are repeated to 0.1 s a sample"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions().items())
+    if settings.only == {"ring"}:
+        return [
+            f"device    {device}",
+            f"versions  {versions}",
+            "clock     wall time between barriers, of the slowest process; one call before, not counted",
+            "order     all lines in turn, each in new processes; normal inputs; memory in a call of its own",
+        ]
     cache, eager = settings.cache_bytes >> 20, settings.eager_bytes / GIB
     return [
         f"device    {device}",

@@ -83,23 +83,19 @@ def draw_results(results: Results, args: argparse.Namespace) -> None:
             for setting, result in runs.items()
         ]
         panels.append(Panel(name, curves, (symmetric.SOLVED, "solved")))
-    draw(panels, "mean squared error (running mean)", args.output, log=True)
+    draw(panels, "mean squared error (running mean)", args.output, log=True, highest=6.0)
 
 
 def summary(results: Results) -> Table:
     """A row for each size and contender: its final losses, and where each seed fell below `SOLVED`."""
     table = Table(title=f"The symmetric problem after {next(iter(results)).steps:,} steps")
-    table.add_column("model")
-    table.add_column("attention")
-    table.add_column("final loss, mean (range)", justify="right")
-    table.add_column(f"below {symmetric.SOLVED} at step, by seed", justify="right")
-    table.add_column("seconds a run", justify="right")
-    for name, attention in dict.fromkeys((title(setting), setting.attention) for setting in results):
-        runs = [run for setting, run in results.items() if (title(setting), setting.attention) == (name, attention)]
-        solved = ", ".join(f"{run.solved_at:,}" if run.solved_at else "never" for run in runs)
+    for heading in ("layers", "norm", "attention", "final loss (range)", f"below {symmetric.SOLVED} at step, by seed"):
+        table.add_column(heading, justify="right" if "loss" in heading or "step" in heading else "left")
+    for size, attention in dict.fromkeys((setting.size, setting.attention) for setting in results):
+        runs = [run for setting, run in results.items() if (setting.size, setting.attention) == (size, attention)]
         loss = mean_and_range([run.loss[-1] for run in runs], 2)
-        seconds = sum(run.seconds for run in runs) / len(runs)
-        table.add_row(name, NAMES[attention], loss, solved, f"{seconds:.0f}")
+        solved = ", ".join(f"{run.solved_at or 'never'}" for run in runs)
+        table.add_row(str(size.layers), "on" if size.layer_norm else "off", NAMES[attention], loss, solved)
     return table
 
 
@@ -108,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     console = Console()
     settings = make_settings(args)
-    bars = {f"{title(s)}  {NAMES[s.attention]:<12} seed {s.seed}": s for s in settings}
+    bars = {f"{title(s)}, {NAMES[s.attention]}, seed {s.seed}": s for s in settings}
     results = dict(zip(settings, run_all(symmetric.train, bars, args.steps, args.processes, console), strict=True))
     draw_results(results, args)
     console.print(summary(results))

@@ -44,6 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sample", metavar="N", type=whole, default=300, help=written)
     args = parser.parse_args(argv)
     options.check_shared(parser, args)
+    if args.context > text.LONGEST_CONTEXT:
+        parser.error(f"--context must be at most {text.LONGEST_CONTEXT}, got {args.context}")
     return args
 
 
@@ -68,7 +70,7 @@ def make_settings(args: argparse.Namespace) -> list[text.Setting]:
 def summary(results: Results) -> Table:
     """A row for each contender."""
     table = Table(title=f"Python's documentation after {next(iter(results)).steps:,} steps")
-    for heading in ("attention", "parameters", "bits per held-out character, mean (range)", "seconds a run"):
+    for heading in ("attention", "parameters", "bits per character (range)", "seconds"):
         table.add_column(heading, justify="left" if heading == "attention" else "right")
     for attention in dict.fromkeys(setting.attention for setting in results):
         runs = [run for setting, run in results.items() if setting.attention == attention]
@@ -83,12 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     console = Console()
     settings = make_settings(args)
-    bars = {f"{NAMES[s.attention]:<13} seed {s.seed}": s for s in settings}
+    bars = {f"{NAMES[s.attention]}, seed {s.seed}": s for s in settings}
     results = dict(zip(settings, run_all(text.train, bars, args.steps, args.processes, console), strict=True))
     frequencies = text.bits_of_frequencies(*text.split(text.load_text()))
     curves = [Curve(setting.attention, result.steps, result.bits) for setting, result in results.items()]
     panel = Panel("Python's documentation, held-out part", curves, (frequencies, "frequencies of characters alone"))
-    draw([panel], "bits per character", args.output, log=False)
+    draw([panel], "bits per character", args.output)
     for setting, result in results.items():
         if setting.seed == 0:
             console.rule(NAMES[setting.attention])

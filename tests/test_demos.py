@@ -6,28 +6,20 @@ import math
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from child import ROOT, start
+from child import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.append(str(ROOT / "scripts"))
+import train_symmetric
+import train_text
 from demolib import options, runs, symmetric, text
 from demolib.model import ATTENTIONS, Size, count_parameters
 from demolib.report import mean_and_range
 from rich.console import Console
 
 TINY = Size(layers=1, embed_dim=8, num_heads=2, layer_norm=True)
-
-
-def script(name: str, *arguments: str):
-    """Run ``scripts/name``."""
-    code = (
-        "import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    return start(code, f"scripts/{name}", *arguments, COLUMNS="100")
 
 
 # --- the symmetric problem
@@ -221,7 +213,7 @@ def test_text_bits_predict_what_follows():
 
     def sure(numbers):
         seen.append(numbers)
-        following = text.encode("ba")[(numbers == text.encode("b")).long() * 1]
+        following = text.encode("ba")[(numbers == text.encode("b")).long()]
         return torch.nn.functional.one_hot(following, 97) * 100.0
 
     model.forward = sure
@@ -229,8 +221,9 @@ def test_text_bits_predict_what_follows():
     assert torch.cat(seen).shape == (5, 3)
 
 
-def test_text_training_reports_and_writes():
-    """Held-out bits fall, evenly measured; the sample goes on from its prompt."""
+def test_text_training_reports_and_writes(corpus, monkeypatch):
+    """Held-out bits fall, evenly measured; the sample goes on from its prompt; the seed decides everything."""
+    monkeypatch.setattr(text, "load_text", lambda: corpus[:3000])
     setting = text.Setting("negative", 0, TINY, steps=30, batch_size=4, lr=1e-2, context=17, sample=25)
     said = []
     result = text.train(setting, lambda step, state: said.append(state))
@@ -242,6 +235,8 @@ def test_text_training_reports_and_writes():
     assert result.sample.startswith("The ")
     assert len(result.sample) == 4 + 25
     assert f"held out {result.bits[-1]:.3f}" in said[-1]
+    again = text.train(setting, lambda step, state: None)
+    assert (again.bits, again.sample) == (result.bits, result.sample)
 
 
 # --- several runs at once
@@ -250,20 +245,25 @@ def test_text_training_reports_and_writes():
 def double(setting, report):
     """Stands for a training run: its result follows from the setting."""
     for step in range(1, 4):
-        report(step, f"state {setting}")
+        report(step, f"state {step} of {setting}")
     if setting == "fails":
         raise ValueError("run failed")
     return 2 * setting
 
 
-def test_runs_results_are_in_order_and_failures_are_raised(capsys):
-    """One run's exception ends the others and reaches the caller, with its own message."""
-    console = Console(width=100)
-    assert runs.run_all(double, {"a": 3, "b": 5, "c": 8}, 3, 2, console) == [6, 10, 16]
-    shown = capsys.readouterr().out
-    assert all(f"3/3 state {setting}" in shown for setting in (3, 5, 8))
+def test_runs_results_are_in_order(capsys):
+    """Whichever ends first; where there is no terminal, a line for each run."""
+    assert runs.run_all(double, {"a": 3, "b": 5, "c": 8}, 3, 2, Console(width=100)) == [6, 10, 16]
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == ["a  state 3 of 3", "b  state 3 of 5", "c  state 3 of 8"]
+
+
+def test_runs_bars_and_failures(capsys):
+    """On a terminal bars move; one run's exception ends the others and reaches the caller, with its own message."""
+    console = Console(width=100, force_terminal=True)
     with pytest.raises(ValueError, match="run failed"):
         runs.run_all(double, {"a": "fails", "b": 5}, 3, 1, console)
+    assert re.search(r"3/3.*state 3 of fails", capsys.readouterr().out)
 
 
 def test_mean_and_range():
@@ -273,34 +273,42 @@ def test_mean_and_range():
 # --- the scripts
 
 
-def test_train_symmetric_table_and_picture(tmp_path):
-    """A panel and rows for each setting; the figures of the table are those of the bars."""
+def test_train_symmetric_table_and_picture(tmp_path, capsys):
+    """A line for each run, a row for each setting, and a picture."""
     picture = tmp_path / "symmetric.svg"
-    done = script(
-        *("train_symmetric.py", "--steps", "5", "--batch-size", "3", "--seeds", "2", "--width", "8", "--heads", "2"),
-        *("--layers", "1,2", "--processes", "2", "--output", str(picture)),
+    tiny = "--steps 5 --batch-size 3 --seeds 2 --width 8 --heads 2 --layers 1,2 --layer-norm on,off --processes 1"
+    train_symmetric.main([*tiny.split(), "--output", str(picture)])
+    shown = capsys.readouterr().out
+    assert (
+        len(re.findall(r"^[12] layers?, LayerNorm o.+, .+, seed [01]  loss \d", shown, re.MULTILINE)) == 2 * 2 * 2 * 2
     )
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"seed \d.* 5/5 loss \d", done.stdout)) == 2 * 2 * 2
-    rows = re.findall(r"│ (\d) layers?, LayerNorm off +│ (dot product|L1 \"inverse\") +│.*never, never", done.stdout)
-    assert rows == [(layers, name) for layers in "12" for name in ("dot product", 'L1 "inverse"')], done.stdout
-    assert f"picture: {picture}" in done.stdout.replace("\n", "")
+    rows = re.findall(r"│ (\d) +│ (on|off) +│ (\w+).*never, never", shown)
+    assert rows == [(layers, norm, name) for norm in ("on", "off") for layers in "12" for name in ("dot", "L1")], shown
     assert picture.read_text().count("<svg") == 1
 
 
-def test_train_text_table_sample_and_picture(tmp_path):
+def test_train_text_table_sample_and_picture(tmp_path, capsys):
     """A row and a sample for each attention."""
     picture = tmp_path / "text.png"
-    done = script(
-        *("train_text.py", "--steps", "3", "--batch-size", "2", "--seeds", "1", "--width", "4", "--heads", "1"),
-        *("--layers", "1", "--context", "33", "--sample", "9", "--processes", "2", "--output", str(picture)),
-    )
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"│ (dot product|L1 \"\w+\") +│ +([\d,]+) │ +\d\.\d+ \(", done.stdout)
-    assert [name for name, _ in rows] == ["dot product", 'L1 "inverse"', 'L1 "negative"'], done.stdout
+    tiny = "--steps 3 --batch-size 2 --seeds 1 --width 4 --heads 1 --layers 1 --context 33 --sample 9 --processes 1"
+    train_text.main([*tiny.split(), "--output", str(picture)])
+    shown = capsys.readouterr().out
+    rows = re.findall(r"│ (dot product|L1 \"\w+\") +│ +([\d,]+) │ +\d\.\d+ \(", shown)
+    assert [name for name, _ in rows] == ["dot product", 'L1 "inverse"', 'L1 "negative"'], shown
     assert len({parameters for _, parameters in rows}) == 1
-    assert done.stdout.count("\nThe ") == 3
+    assert shown.count("\nThe ") == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", [train_symmetric, train_text])
+def test_demo_help(script, capsys):
+    """It explains the problem and every option, with its default."""
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert script.__doc__.strip().splitlines()[0] in shown
+    assert len(re.findall(r"\(default:\s", shown)) == shown.count("\n  --")
 
 
 @pytest.mark.parametrize(
@@ -329,18 +337,21 @@ def test_demo_options_errors(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, option, value",
+    "script, arguments, message",
     [
-        ("train_symmetric.py", "--layers", "3"),
-        ("train_symmetric.py", "--layer-norm", "maybe"),
-        ("train_text.py", "--context", "0"),
+        (train_symmetric, ["--layers", "3"], "--layers: must be some of 1,2, each once, got 3"),
+        (train_symmetric, ["--layer-norm", "maybe"], "--layer-norm: must be some of off,on, each once, got maybe"),
+        (train_symmetric, ["--width", "30"], "--width must be a multiple of --heads, got 30 and 4"),
+        (train_text, ["--context", "0"], "--context: must be a whole number of at least 1, got 0"),
+        (train_text, ["--context", "40000"], "--context must be at most"),
+        (train_text, ["--width", "30"], "--width must be a multiple of --heads, got 30 and 4"),
     ],
 )
-def test_demo_scripts_errors(name, option, value):
-    done = script(name, option, value)
-    assert done.returncode == 2
-    assert option in done.stderr
-    assert f"got {value}" in done.stderr
+def test_demo_scripts_errors(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_demo_pictures_of_the_readme_exist():
@@ -349,7 +360,7 @@ def test_demo_pictures_of_the_readme_exist():
         pytest.skip("an installed package has no pictures")
     readme = (ROOT / "README.md").read_text()
     shown = re.findall(r"!\[.*?\]\((docs/pictures/.*?)\)", readme)
-    assert sorted(shown) == sorted(str(path.relative_to(ROOT)) for path in Path(ROOT / "docs/pictures").iterdir())
+    assert sorted(shown) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs/pictures").iterdir())
     for picture in shown:
         assert (ROOT / picture).stat().st_size < 150_000
         assert f"--output {picture}" in readme

@@ -35,12 +35,17 @@ class Panel:
     level: tuple[float, str]
 
 
+def seeds(number: int) -> str:
+    """How many runs there are."""
+    return "1 seed" if number == 1 else f"{number} seeds"
+
+
 def draw_panel(ax: Axes, panel: Panel) -> None:
     """All curves of a panel; the legend says how many runs each colour has."""
     for attention in dict.fromkeys(curve.attention for curve in panel.curves):
         curves = [curve for curve in panel.curves if curve.attention == attention]
         for curve in curves:
-            label = f"{NAMES[attention]} ({len(curves)} seeds)" if curve is curves[0] else None
+            label = f"{NAMES[attention]}, {seeds(len(curves))}" if curve is curves[0] else None
             ax.plot(curve.x, curve.y, color=COLORS[attention], linewidth=1.4, alpha=0.85, label=label)
     height, says = panel.level
     ax.axhline(height, color="0.5", linewidth=1, linestyle=":")
@@ -50,8 +55,13 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def draw(panels: Sequence[Panel], measured: str, output: Path, *, log: bool) -> None:
-    """Write the picture to `output`: panels with common axes, at most two in a row, y named `measured`."""
+def draw(
+    panels: Sequence[Panel], measured: str, output: Path, *, log: bool = False, highest: float | None = None
+) -> None:
+    """Write the picture to `output`: panels with common axes, at most two in a row, y named `measured`.
+
+    y ends at `highest`, or at the largest value.
+    """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     size = (max(6.4, 4.6 * columns), 0.4 + 3.0 * rows)
@@ -62,6 +72,7 @@ def draw(panels: Sequence[Panel], measured: str, output: Path, *, log: bool) -> 
         draw_panel(ax, panel)
         if log:
             ax.set_yscale("log")
+        ax.set_ylim(top=highest)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     figure.supxlabel("step", fontsize=10)

@@ -19,6 +19,7 @@ ALPHABET = "\n" + "".join(map(chr, range(32, 127))) + "\ufffd"
 HELD_OUT = 0.1  # of the characters, at the end
 MEASUREMENTS = 20  # of the held-out text, evenly over a run
 TEMPERATURE = 0.7
+LONGEST_CONTEXT = 4096  # the held-out text must fill a few windows
 
 
 @dataclass(frozen=True)

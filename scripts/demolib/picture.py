@@ -70,13 +70,14 @@ def draw(
     )
     for ax, panel in zip(axes.flat, panels, strict=False):
         draw_panel(ax, panel)
-        if log:
-            ax.set_yscale("log")
-        ax.set_ylim(top=highest)
+    if log:
+        axes[0, 0].set_yscale("log")
+        axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylim(top=highest)  # all panels share it
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel(measured, fontsize=10)
     axes[0, 0].legend(frameon=False, fontsize=8, loc="best")
-    figure.savefig(output, dpi=100)
+    figure.savefig(output, dpi=90)
     plt.close(figure)

@@ -26,6 +26,7 @@ from pathlib import Path
 try:
     import matplotlib
     import torch
+    from demolib.options import whole
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from rich.table import Table
@@ -281,13 +282,6 @@ def summary(histories: dict[str, History], held_out: int) -> Table:
         cells = (f"{history.parameters:,}", f"{history.loss[-1]:.4f}", f"{history.accuracy[-1]:.2%}")
         table.add_row(name, *cells, f"{history.seconds:.1f}")
     return table
-
-
-def whole(text: str, minimum: int = 1) -> int:
-    """A whole number of at least `minimum`, for argparse."""
-    if not text.isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text}")
-    return int(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -74,10 +74,12 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         scale: float | None = None,
         eps: float = 1e-3,
     ) -> None:
-        plan_modules.multihead_options(embed_dim, num_heads, dropout, score, scale, eps)
-        super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
-        )
+        plan_modules.flags(bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, batch_first=batch_first)
+        made = torch.get_default_dtype() if dtype is None else dtype
+        plan_modules.multihead_options(embed_dim, num_heads, dropout, kdim, vdim, made, score, scale, eps)
+        kdim, vdim = (None if channels is None else int(channels) for channels in (kdim, vdim))
+        sizes, more = (int(embed_dim), int(num_heads), float(dropout)), (bias, add_bias_kv, add_zero_attn)
+        super().__init__(*sizes, *more, kdim, vdim, batch_first, device, dtype)
         self.score, self.eps = score, float(eps)
         self.scale = self.head_dim**-0.5 if scale is None else float(scale)
 

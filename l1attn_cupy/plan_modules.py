@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from typing import Any
+
 from . import plan
 from .plan import Shape
+from .plan_attention import check_flag
+
+
+def flags(**given: Any) -> None:
+    """Check that each is a bool."""
+    for name, flag in given.items():
+        check_flag(name, flag)
 
 
 def multihead_options(
-    embed_dim: int, num_heads: int, dropout: float, score: str, scale: float | None, eps: float
+    embed_dim: int,
+    num_heads: int,
+    dropout: float,
+    kdim: int | None,
+    vdim: int | None,
+    dtype: Any,
+    score: str,
+    scale: float | None,
+    eps: float,
 ) -> None:
-    """Check the options of `L1MultiheadAttention`."""
-    for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-        if isinstance(number, bool) or not isinstance(number, int) or number <= 0:
+    """Check the options of `L1MultiheadAttention` but for its flags; ``dtype`` is one of torch."""
+    for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
+        if number is None and name in ("kdim", "vdim"):
+            continue
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise TypeError(f"{name} must be a whole number from 1 on, got {type(number).__name__} {number!r}")
+        if number < 1:
             raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim must be a multiple of num_heads {num_heads}, got {embed_dim}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, Real):
+        raise TypeError(f"dropout must be a number from 0 to 1, got {type(dropout).__name__} {dropout!r}")
+    if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
-    plan.check_options(*plan.option_types(score, 1.0 if scale is None else scale, eps, None, None), "cpu")
+    names = {f"torch.{name}": name for name in plan.DTYPES}
+    if repr(dtype) not in names:  # a string shows quotes
+        raise TypeError(f"dtype must be {', '.join(names)} or None, got {dtype!r}")
+    checked = plan.option_types(score, 1.0 if scale is None else scale, eps, None, None)
+    plan.check_range(names[repr(dtype)], *checked[1:3])
+    plan.check_options(*checked, "cpu")
 
 
 def multihead_inputs(query: Shape, key: Shape, value: Shape, channels: tuple[int, int, int], batch_first: bool) -> None:

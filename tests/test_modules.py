@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_identical
@@ -288,11 +289,45 @@ def test_multihead_compiles():
         ({"score": "dot"}, "score must be one of .*, got 'dot'"),
         ({"scale": -1.0}, "scale must be a positive finite number, got -1.0"),
         ({"eps": 0.0}, "eps must be a positive finite number, got 0.0"),
+        ({"eps": 1e-50}, "eps must be from .* as float32 is used for float32, got 1e-50"),
+        ({"kdim": -1}, "kdim must be a whole number from 1 on, got -1"),
     ],
 )
 def test_multihead_wrong_option(options, message):
     with pytest.raises(ValueError, match=message):
         l1.L1MultiheadAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": "20"}, "embed_dim must be a whole number from 1 on, got str '20'"),
+        ({"num_heads": True}, "num_heads must be a whole number from 1 on, got bool True"),
+        ({"kdim": "8"}, "kdim must be a whole number from 1 on, got str '8'"),
+        ({"kdim": 8.0}, "kdim must be a whole number from 1 on, got float 8.0"),
+        ({"vdim": 2.5}, "vdim must be a whole number from 1 on, got float 2.5"),
+        ({"dropout": "0.1"}, "dropout must be a number from 0 to 1, got str '0.1'"),
+        ({"dtype": torch.complex64}, "dtype must be torch.float16, .* or None, got torch.complex64"),
+        ({"dtype": torch.int32}, "dtype must be torch.float16, .* or None, got torch.int32"),
+        ({"dtype": "float32"}, "dtype must be torch.float16, .* or None, got 'float32'"),
+        ({"bias": "no"}, "bias must be True or False, got 'no'"),
+        ({"batch_first": "yes"}, "batch_first must be True or False, got 'yes'"),
+        ({"add_zero_attn": "no"}, "add_zero_attn must be True or False, got 'no'"),
+        ({"add_bias_kv": 2}, "add_bias_kv must be True or False, got 2"),
+    ],
+)
+def test_multihead_wrong_option_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        l1.L1MultiheadAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **options})
+
+
+def test_multihead_takes_numbers_of_numpy():
+    """As other numbers; what float64 can hold is accepted with it."""
+    sizes = {"kdim": np.int64(11), "vdim": np.int32(13), "dropout": np.float32(0.5)}
+    module = l1.L1MultiheadAttention(np.int64(EMBED), np.int64(HEADS), **sizes, dtype=torch.float64, eps=1e-50)
+    kept = module.embed_dim, module.num_heads, module.kdim, module.vdim, module.dropout
+    assert kept == (EMBED, HEADS, 11, 13, 0.5)
+    assert {type(number) for number in kept} == {int, float}
 
 
 @pytest.mark.parametrize(

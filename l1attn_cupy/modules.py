@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from . import arrays, composition, plan_attention, plan_modules
+from . import composition, plan_attention, plan_modules
 from .attention import l1_attention
+from .plan import ArraySpec
 
 
 class L1MultiheadAttention(nn.MultiheadAttention):
@@ -105,6 +106,7 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`."""
+        plan_modules.flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
         self._check(query, key, value, attn_mask, key_padding_mask)
         batched = query.dim() == 3
         if batched and not self.batch_first:
@@ -134,15 +136,26 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         attn_mask: torch.Tensor | None,
         key_padding_mask: torch.Tensor | None,
     ) -> None:
-        if query.is_nested or key.is_nested or value.is_nested:
-            plan_modules.multihead_nested()
+        given = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_mask": attn_mask,
+            "key_padding_mask": key_padding_mask,
+        }
+        for name, x in given.items():
+            optional = name.endswith("mask")
+            if not isinstance(x, torch.Tensor) and not (optional and x is None):
+                plan_modules.not_a_tensor(name, x, optional)
+        own = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        autocast = own.device.type != "meta" and torch.is_autocast_enabled(own.device.type)
+        specs = {name: _spec(x) for name, x in given.items() if x is not None}
+        plan_modules.multihead_tensors(specs, _spec(own), autocast)
         shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
         plan_modules.multihead_inputs(*shapes, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
         batched, first = query.dim() == 3, self.batch_first or query.dim() == 2
         sizes = query.shape[0 if first else 1] if batched else 0, self.num_heads
-        attn, padding = (
-            None if m is None else (tuple(m.shape), arrays.describe(m).dtype) for m in (attn_mask, key_padding_mask)
-        )
+        attn, padding = (None if m is None else tuple(m.shape) for m in (attn_mask, key_padding_mask))
         lengths = (query.shape[-2], key.shape[-2]) if first else (query.shape[0], key.shape[0])
         plan_modules.multihead_masks(attn, padding, (*sizes, *lengths))
 
@@ -190,6 +203,12 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         weights = functional.dropout(weights, dropout)
         out = composition.product(weights, value).to(v.dtype)
         return out, weights.to(v.dtype) if need_weights else None
+
+
+def _spec(x: torch.Tensor) -> ArraySpec:
+    """What is checked beside the shape; `arrays.describe` has a cache, of which Dynamo warns."""
+    dtype, layout = (str(attribute).removeprefix("torch.") for attribute in (x.dtype, x.layout))
+    return ArraySpec("torch", (), (), dtype, str(x.device), "nested" if x.is_nested else layout)
 
 
 def _merged(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 from . import plan
-from .plan import Shape
+from .plan import ArraySpec, Shape
 from .plan_attention import check_flag
 
 
@@ -65,7 +66,38 @@ def multihead_inputs(query: Shape, key: Shape, value: Shape, channels: tuple[int
         raise ValueError(f"key must have a batch of {query[batch]} to match query {query}, got {key}")
 
 
-def multihead_nested() -> None:
+def not_a_tensor(name: str, got: Any, optional: bool = False) -> NoReturn:
+    """Raise for what is no tensor of torch."""
+    kind = f"{type(got).__module__}.{type(got).__qualname__}".removeprefix("builtins.")
+    raise TypeError(f"{name} must be a torch tensor{' or None' if optional else ''}, got {kind}")
+
+
+def multihead_tensors(given: Mapping[str, ArraySpec], weights: ArraySpec, autocast: bool) -> None:
+    """Check layouts, dtypes and devices of the tensors of a call; ``weights`` are those of the module."""
+    for name, spec in given.items():
+        mask = name.endswith("mask")
+        if spec.layout == "nested" and not mask:
+            multihead_nested()
+        plan.check_dense(name, spec)
+        plan.check_same("device", "be on the device of the module's weights", weights, spec, name)
+        if not mask:
+            _check_dtype(name, spec, weights, "the module's weights", autocast)
+        elif spec.dtype != "bool" and (spec.dtype not in plan.DTYPES if autocast else spec.dtype != weights.dtype):
+            floating = "floating-point" if autocast else f"have the dtype of the module's weights ({weights.dtype})"
+            raise TypeError(
+                f"{name} must be bool, True where attention is not allowed, or {floating}, got {spec.dtype}"
+            )
+
+
+def _check_dtype(name: str, spec: ArraySpec, like: ArraySpec, of: str, autocast: bool) -> None:
+    """Raise unless the dtype is that of ``like``, or autocast, which leaves float64 alone, makes both the same."""
+    if spec.dtype not in plan.DTYPES:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(plan.DTYPES)}, got {spec.dtype}")
+    if not autocast or "float64" in (spec.dtype, like.dtype):
+        plan.check_same("dtype", f"have the dtype of {of}", like, spec, name)
+
+
+def multihead_nested() -> NoReturn:
     """Raise for nested tensors."""
     raise TypeError(
         "query, key and value must be dense tensors, got a nested one; torch.nn.TransformerEncoder makes it of padded "
@@ -73,22 +105,15 @@ def multihead_nested() -> None:
     )
 
 
-def multihead_masks(
-    attn_mask: tuple[Shape, str] | None, key_padding_mask: tuple[Shape, str] | None, sizes: tuple[int, int, int, int]
-) -> None:
-    """Check shapes and dtypes of the masks; ``sizes`` are batch (0 for none), heads, L and S."""
+def multihead_masks(attn_mask: Shape | None, key_padding_mask: Shape | None, sizes: tuple[int, int, int, int]) -> None:
+    """Check the shapes of the masks; ``sizes`` are batch (0 for none), heads, L and S."""
     batch, heads, length_q, length_k = sizes
     matrices = max(batch, 1) * heads
-    for name, given, shapes in (
+    for name, shape, shapes in (
         ("attn_mask", attn_mask, [(length_q, length_k), (matrices, length_q, length_k)]),
         ("key_padding_mask", key_padding_mask, [(batch, length_k) if batch else (length_k,)]),
     ):
-        if given is None:
-            continue
-        shape, dtype = given
-        if dtype != "bool" and dtype not in plan.DTYPES:
-            raise TypeError(f"{name} must be bool, True where attention is not allowed, or floating-point, got {dtype}")
-        if shape not in shapes:
+        if shape is not None and shape not in shapes:
             raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {shape}")
 
 

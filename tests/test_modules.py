@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 EMBED, HEADS, BATCH, L, S = 20, 5, 3, 7, 9
+INPUTS, MASKS = ("query", "key", "value"), ("attn_mask", "key_padding_mask")
 
 CONFIGS = {
     "plain": {},
@@ -349,10 +350,78 @@ def test_multihead_wrong_shape(call, message):
         module(**{**right, **call})
 
 
-def test_multihead_wrong_mask_dtype():
+WRONG_TENSORS = {
+    "None": (INPUTS, lambda x: None, "must be a torch tensor, got NoneType"),
+    "str": (INPUTS, lambda x: "q", "must be a torch tensor, got str"),
+    "numpy": (INPUTS, lambda x: x.numpy(), "must be a torch tensor, got numpy.ndarray"),
+    "sparse": (INPUTS, lambda x: x.to_sparse(), "must be a dense array, got a sparse_coo one"),
+    "float64": (INPUTS, lambda x: x.double(), r"must have the dtype of .* \(float32\), got float64"),
+    "half": (INPUTS, lambda x: x.half(), r"must have the dtype of .* \(float32\), got float16"),
+    "int": (INPUTS, lambda x: x.int(), "must have one of the dtypes float16, .*, got int32"),
+    "bool": (INPUTS, lambda x: x.bool(), "must have one of the dtypes float16, .*, got bool"),
+    "complex": (INPUTS, lambda x: x.cfloat(), "must have one of the dtypes float16, .* complex64"),
+    "mask True": (MASKS, lambda x: True, "must be a torch tensor or None, got bool"),
+    "mask str": (MASKS, lambda x: "causal", "must be a torch tensor or None, got str"),
+    "mask list": (MASKS, lambda x: x.tolist(), "must be a torch tensor or None, got list"),
+    "mask numpy": (MASKS, lambda x: x.numpy(), "must be a torch tensor or None, got numpy.ndarray"),
+    "mask sparse": (MASKS, lambda x: x.to_sparse(), "must be a dense array, got a sparse_coo one"),
+    "mask int": (MASKS, lambda x: x.long(), r"must be bool, True where attention is not allowed, or .* got int64"),
+    "mask float64": (MASKS, lambda x: x.double(), r"must be bool, .* \(float32\), got float64"),
+    "mask half": (MASKS, lambda x: x.half(), r"must be bool, .* \(float32\), got float16"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TENSORS)
+def test_multihead_wrong_tensor(wrong):
+    """Whichever argument it is; a mask of another dtype is not narrowed, which could rule out what it does not."""
+    names, make, message = WRONG_TENSORS[wrong]
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True)
+    right = {"query": torch.zeros(BATCH, L, EMBED)} | dict.fromkeys(("key", "value"), torch.zeros(BATCH, S, EMBED))
+    right |= {"attn_mask": torch.zeros(L, S), "key_padding_mask": torch.zeros(BATCH, S)}
+    module(**right)
+    for name in names:
+        with pytest.raises(TypeError, match=f"^{name} {message}"):
+            module(**{**right, name: make(right[name])})
+
+
+def test_multihead_wrong_device():
+    """Of a tensor, or of the module."""
     module, x = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True), torch.zeros(BATCH, L, EMBED)
-    with pytest.raises(TypeError, match=r"attn_mask must be bool, True where attention is not allowed, .* got int64"):
-        module(x, x, x, attn_mask=torch.zeros(L, L, dtype=torch.int64))
+    with pytest.raises(ValueError, match="key must hold data, got a tensor on the meta device"):
+        module(x, x.to("meta"), x)
+    with pytest.raises(ValueError, match=r"query must be on the device of the module's weights \(meta\), got cpu"):
+        module.to("meta")(x, x, x)
+
+
+@pytest.mark.parametrize("name", ["need_weights", "average_attn_weights", "is_causal"])
+@pytest.mark.parametrize("more", [{}, {"add_bias_kv": True}], ids=str)
+def test_multihead_wrong_flag(more, name):
+    module, x = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True, **more), torch.zeros(BATCH, L, EMBED)
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+        module(x, x, x, **{name: "no"})
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_autocast_mixes(need_weights):
+    """Under autocast other dtypes are taken, also of masks, as torch does; but for float64, which it leaves alone."""
+    module, x = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True), torch.randn(BATCH, L, EMBED)
+    mask = torch.zeros(L, L).masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, other = (module(x.bfloat16(), x, x, attn_mask=m, need_weights=need_weights)[0] for m in (mask, mask > 1))
+        assert first.dtype is torch.bfloat16
+        causal, _ = module(x.bfloat16(), x, x, need_weights=need_weights, is_causal=True)
+        torch.testing.assert_close(first, causal)
+        assert not torch.equal(first, other)
+        with pytest.raises(TypeError, match=r"value must have the dtype of the module's weights \(float32\)"):
+            module(x, x, x.double(), need_weights=need_weights)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_multihead_nested_mask():
+    module, x = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True), torch.zeros(BATCH, L, EMBED)
+    nested = torch.nested.nested_tensor([torch.zeros(n) for n in (L, 2, 3)])
+    with pytest.raises(TypeError, match="key_padding_mask must be a dense array, got a nested one"):
+        module(x, x, x, nested)
 
 
 def test_multihead_nested():

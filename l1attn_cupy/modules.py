@@ -36,9 +36,9 @@ class L1MultiheadAttention(nn.MultiheadAttention):
     or ``eval()``. Otherwise the weights are made, in memory that grows with L * S.
 
     In ``attn_mask`` and ``key_padding_mask`` True is for what may not be attended to, as in torch. A query that may
-    attend to no key gives the bias of ``out_proj``, where torch gives NaN. ``is_causal`` need not come with a mask;
-    where it comes with one, it says that the mask is the causal one, as in torch. Torch's fast path, which is a dot
-    product, is never taken, also not by `torch.nn.TransformerEncoderLayer`.
+    attend to no key gives the bias of ``out_proj``, where torch gives NaN. ``is_causal`` need not come with an
+    ``attn_mask``; where it comes with one, that mask is what counts. Torch's fast path, which is a dot product, is
+    never taken, also not by `torch.nn.TransformerEncoderLayer`.
 
     Examples
     --------
@@ -116,10 +116,11 @@ class L1MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         q, k, v = self._project(query, key, value)
         more = k.shape[2] - key.shape[1]
+        is_causal = is_causal and attn_mask is None
         if is_causal and more:  # what is appended to the keys is there for every query
-            later = torch.ones(q.shape[2], key.shape[1], dtype=torch.bool, device=q.device).triu(1)
-            attn_mask, is_causal = later if attn_mask is None else attn_mask, False
-        mask = _merged(None if is_causal else attn_mask, key_padding_mask, self.num_heads, more, q.dtype)
+            attn_mask = torch.ones(q.shape[2], key.shape[1], dtype=torch.bool, device=q.device).triu(1)
+            is_causal = False
+        mask = _merged(attn_mask, key_padding_mask, self.num_heads, more, q.dtype)
         out, weights = self._attend(q, k, v, mask, need_weights, is_causal)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:

@@ -128,6 +128,24 @@ def test_multihead_is_causal(more, need_weights):
     torch.testing.assert_close(out[:, :-1], first[0][:, :-1])
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("more", [{}, {"add_bias_kv": True}], ids=str)
+def test_multihead_is_causal_beside_another_mask(more, need_weights):
+    """The mask is what counts, as where torch returns the weights: here keys in the past are cached."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True, **more)
+    x, past = torch.randn(BATCH, L, EMBED), torch.randn(BATCH, S, EMBED)
+    mask = torch.ones(L, S, dtype=torch.bool).triu(S - L + 1)
+    first, hinted = (
+        module(x, past, past, attn_mask=mask, need_weights=need_weights, is_causal=hint) for hint in (False, True)
+    )
+    torch.testing.assert_close(hinted, first)
+    changed = past.clone()
+    changed[:, -1] += 1
+    out, _ = module(x, changed, changed, attn_mask=mask, need_weights=need_weights, is_causal=True)
+    torch.testing.assert_close(out[:, :-1], first[0][:, :-1])
+    assert not torch.isclose(out[:, -1], first[0][:, -1]).all()
+
+
 @pytest.mark.parametrize("score", ["inverse", "negative"])
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multihead_is_the_formula(score, need_weights):

@@ -150,8 +150,8 @@ class L1MultiheadAttention(nn.MultiheadAttention):
                 plan_modules.not_a_tensor(name, x, optional)
         own = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         autocast = own.device.type != "meta" and torch.is_autocast_enabled(own.device.type)
-        specs = {name: _spec(x) for name, x in given.items() if x is not None}
-        plan_modules.multihead_tensors(specs, _spec(own), autocast)
+        specs = {name: spec_of(x) for name, x in given.items() if x is not None}
+        plan_modules.multihead_tensors(specs, spec_of(own), autocast)
         shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
         plan_modules.multihead_inputs(*shapes, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
         batched, first = query.dim() == 3, self.batch_first or query.dim() == 2
@@ -206,10 +206,11 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         return out, weights.to(v.dtype) if need_weights else None
 
 
-def _spec(x: torch.Tensor) -> ArraySpec:
-    """What is checked beside the shape; `arrays.describe` has a cache, of which Dynamo warns."""
+def spec_of(x: torch.Tensor) -> ArraySpec:
+    """What is checked of a tensor; `arrays.describe` has a cache, of which Dynamo warns."""
     dtype, layout = (str(attribute).removeprefix("torch.") for attribute in (x.dtype, x.layout))
-    return ArraySpec("torch", (), (), dtype, str(x.device), "nested" if x.is_nested else layout)
+    shape, layout = ((), "nested") if x.is_nested else (tuple(x.shape), layout)
+    return ArraySpec("torch", shape, (), dtype, str(x.device), layout)
 
 
 def _merged(

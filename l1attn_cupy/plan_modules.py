@@ -60,7 +60,8 @@ def multihead_inputs(query: Shape, key: Shape, value: Shape, channels: tuple[int
         if shape[-1] != own:
             raise ValueError(f"{name} must have {own} channels, got {shape}")
     if value[:-1] != key[:-1]:
-        raise ValueError(f"value must have the batch and length {key[:-1]} of key, got {value}")
+        axes = "length" if len(key) == 2 else "batch and length" if batch_first else "length and batch"
+        raise ValueError(f"value must have the {axes} {key[:-1]} of key, got {value}")
     batch = 0 if batch_first else 1
     if len(query) == 3 and key[batch] != query[batch]:
         raise ValueError(f"key must have a batch of {query[batch]} to match query {query}, got {key}")
@@ -117,7 +118,16 @@ def multihead_masks(attn_mask: Shape | None, key_padding_mask: Shape | None, siz
             raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {shape}")
 
 
-def original_layout(name: str, shape: Shape) -> None:
-    """Check an array of the original library's layout."""
-    if len(shape) != 4 or shape[-1] == 0:
-        raise ValueError(f"{name} must have the shape (batch, ctx, heads, width), got {shape}")
+def original(q: ArraySpec, k: ArraySpec, autocast: bool) -> None:
+    """Check the tensors of the original library's module, by the names that it has for them."""
+    for name, spec in (("q", q), ("k", k)):
+        plan.check_dense(name, spec)
+        _check_dtype(name, spec, q, "q", autocast)
+        if len(spec.shape) != 4:
+            raise ValueError(f"{name} must have the shape (batch, ctx, heads, width), got {spec.shape}")
+        if spec.shape[-1] == 0:
+            raise ValueError(f"{name} must have a width from 1 on, as scores are divided by its root, got {spec.shape}")
+    plan.check_same("device", "be on q's device", q, k, "k")
+    for dim, what in ((0, "batch"), (2, "heads"), (3, "width")):
+        if q.shape[dim] != k.shape[dim]:
+            raise ValueError(f"k must have {what} {q.shape[dim]} to match q {q.shape}, got {k.shape}")

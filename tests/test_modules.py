@@ -289,6 +289,7 @@ def test_decoder_layer(distance_calls):
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
+@pytest.mark.filterwarnings("error:.*lru_cache")
 def test_multihead_compiles():
     module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True)
     x = torch.randn(BATCH, L, EMBED)
@@ -366,6 +367,18 @@ def test_multihead_wrong_shape(call, message):
     right = {"query": torch.zeros(BATCH, L, EMBED)} | dict.fromkeys(("key", "value"), torch.zeros(BATCH, S, EMBED))
     with pytest.raises(ValueError, match=message):
         module(**{**right, **call})
+
+
+@pytest.mark.parametrize(
+    ("batch_first", "batched", "axes"),
+    [(True, True, "batch and length"), (False, True, "length and batch"), (False, False, "length")],
+)
+def test_multihead_wrong_value_names_its_axes(batch_first, batched, axes):
+    """In the order in which they are."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=batch_first)
+    x, value = (torch.zeros(n, BATCH, EMBED)[:, slice(None) if batched else 0] for n in (L, S))
+    with pytest.raises(ValueError, match=rf"value must have the {axes} \(7,.* of key, got \(9,"):
+        module(x, x, value)
 
 
 WRONG_TENSORS = {
@@ -460,9 +473,56 @@ def test_original_module(negative):
         torch.testing.assert_close(*result)
 
 
-def test_original_module_wrong_shape():
-    with pytest.raises(ValueError, match=r"q must have the shape \(batch, ctx, heads, width\), got \(2, 3, 4\)"):
-        L1Attn()(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("q", (2, 3, 4), r"q must have the shape \(batch, ctx, heads, width\), got \(2, 3, 4\)"),
+        ("k", (2, 3, 4), r"k must have the shape \(batch, ctx, heads, width\), got \(2, 3, 4\)"),
+        ("q", (2, 7, 3, 0), r"q must have a width from 1 on, .* got \(2, 7, 3, 0\)"),
+        ("k", (2, 9, 3, 4), r"k must have width 5 to match q \(2, 7, 3, 5\), got \(2, 9, 3, 4\)"),
+        ("k", (2, 9, 1, 5), r"k must have heads 3 to match q \(2, 7, 3, 5\), got \(2, 9, 1, 5\)"),
+        ("k", (1, 9, 3, 5), r"k must have batch 2 to match q \(2, 7, 3, 5\), got \(1, 9, 3, 5\)"),
+    ],
+)
+def test_original_module_wrong_shape(name, shape, message):
+    """Shapes as the user gave them; nothing is broadcast, as in the original."""
+    right = {"q": torch.zeros(2, 7, 3, 5), "k": torch.zeros(2, 9, 3, 5)}
+    with pytest.raises(ValueError, match=message):
+        L1Attn()(**{**right, name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: None, "must be a torch tensor, got NoneType"),
+        (lambda x: x.numpy(), "must be a torch tensor, got numpy.ndarray"),
+        (lambda x: x.to_sparse(), "must be a dense array, got a sparse_coo one"),
+        (lambda x: x.cfloat(), "must have one of the dtypes float16, .* got complex64"),
+    ],
+)
+def test_original_module_wrong_tensor(make, message, name):
+    right = {"q": torch.zeros(2, 7, 3, 5), "k": torch.zeros(2, 9, 3, 5)}
+    with pytest.raises(TypeError, match=f"^{name} {message}"):
+        L1Attn()(**{**right, name: make(right[name])})
+
+
+@pytest.mark.filterwarnings("error:.*lru_cache")
+def test_original_module_compiles():
+    q, k, module = torch.randn(2, 7, 3, 5), torch.randn(2, 9, 3, 5), L1Attn()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k), module(q, k))
+
+
+def test_original_module_wrong_dtype_or_flag():
+    """Dtypes are mixed only under autocast."""
+    q, k = torch.zeros(2, 7, 3, 5), torch.zeros(2, 9, 3, 5, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"k must have the dtype of q \(float32\), got bfloat16"):
+        L1Attn()(q, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert L1Attn()(q, k).dtype is torch.bfloat16
+    with pytest.raises(TypeError, match="negative must be True or False, got 'no'"):
+        L1Attn(negative="no")
 
 
 def test_module_is_imported_lazily():

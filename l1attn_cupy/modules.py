@@ -92,7 +92,14 @@ class L1MultiheadAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"{self.embed_dim}, {self.num_heads}, score={self.score!r}, scale={self.scale:.4g}, eps={self.eps}"
+        channels = "" if self.kdim == self.vdim == self.embed_dim else f"kdim={self.kdim}, vdim={self.vdim}, "
+        appended = {"add_bias_kv": self.bias_k is not None, "add_zero_attn": self.add_zero_attn}
+        flags = {"bias": self.in_proj_bias is not None, **appended, "batch_first": self.batch_first}
+        return (
+            f"{self.embed_dim}, {self.num_heads}, dropout={self.dropout}, {channels}"
+            f"{', '.join(f'{name}={flag}' for name, flag in flags.items())}, "
+            f"score={self.score!r}, scale={self.scale:.4g}, eps={self.eps}"
+        )
 
     def forward(
         self,
@@ -105,7 +112,41 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `torch.nn.MultiheadAttention.forward`."""
+        """As `torch.nn.MultiheadAttention.forward`.
+
+        Parameters
+        ----------
+        query : tensor, shape (L, N, embed_dim)
+            In the dtype of the weights; under autocast in any of float16, bfloat16 and float32. With ``batch_first``
+            (N, L, embed_dim), and without a batch (L, embed_dim); key and value likewise.
+        key : tensor, shape (S, N, kdim)
+        value : tensor, shape (S, N, vdim)
+        key_padding_mask : tensor, shape (N, S), or (S) without a batch, optional
+            bool, True for keys that are not attended to; or in the dtype of the weights, under autocast in any
+            floating-point dtype, added to the scores.
+        need_weights : bool
+            Also return the weights, for which memory grows with L * S.
+        attn_mask : tensor, shape (L, S) or (N * num_heads, L, S), optional
+            As ``key_padding_mask``.
+        average_attn_weights : bool
+            Return the mean of the heads' weights.
+        is_causal : bool
+            Without ``attn_mask``: query i attends to keys j <= i, and to those of ``add_bias_kv`` and
+            ``add_zero_attn``.
+
+        Returns
+        -------
+        out : tensor, shape of ``query``
+            In the dtype of the weights, or autocast's.
+        weights : tensor, shape (N, L, S) or, not averaged, (N, num_heads, L, S), or None
+            Of out's dtype; S counts what is appended to the keys, and N is left out without a batch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A type, dtype, device, layout or shape does not fit. The message names the argument, what is required and
+            what came.
+        """
         plan_modules.flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
         self._check(query, key, value, attn_mask, key_padding_mask)
         batched = query.dim() == 3

@@ -341,6 +341,23 @@ def test_multihead_wrong_option_type(options, message):
         l1.L1MultiheadAttention(**{"embed_dim": EMBED, "num_heads": HEADS, **options})
 
 
+@pytest.mark.parametrize("more", [{}, {"bias": False, "kdim": 11, "add_bias_kv": True, "dropout": 0.5}], ids=str)
+def test_multihead_shows_what_makes_it_again(more):
+    """What `print` shows are arguments."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True, eps=0.1, **more)
+    again = eval(f"l1.L1MultiheadAttention({module.extra_repr()})")
+    assert again.extra_repr() == module.extra_repr()
+    assert {name: x.shape for name, x in again.state_dict().items()} == {
+        name: x.shape for name, x in module.state_dict().items()
+    }
+    assert (again.dropout, again.batch_first, again.kdim, again.eps) == (
+        more.get("dropout", 0.0),
+        True,
+        module.kdim,
+        0.1,
+    )
+
+
 def test_multihead_takes_numbers_of_numpy():
     """As other numbers; what float64 can hold is accepted with it."""
     sizes = {"kdim": np.int64(11), "vdim": np.int32(13), "dropout": np.float32(0.5)}

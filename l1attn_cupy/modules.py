@@ -36,9 +36,10 @@ class L1MultiheadAttention(nn.MultiheadAttention):
     or ``eval()``. Otherwise the weights are made, in memory that grows with L * S.
 
     In ``attn_mask`` and ``key_padding_mask`` True is for what may not be attended to, as in torch. A query that may
-    attend to no key gives the bias of ``out_proj``, where torch gives NaN. ``is_causal`` need not come with an
-    ``attn_mask``; where it comes with one, that mask is what counts. Torch's fast path, which is a dot product, is
-    never taken, also not by `torch.nn.TransformerEncoderLayer`.
+    attend to no key gives the bias of ``out_proj``, where torch gives NaN. A mask that is added must have the dtype of
+    the weights, except under autocast; so must that of `torch.nn.Transformer.generate_square_subsequent_mask`, which
+    takes ``dtype``. ``is_causal`` need not come with an ``attn_mask``; where it comes with one, that mask is what
+    counts. Torch's fast path, which is a dot product, is never taken, also not by `torch.nn.TransformerEncoderLayer`.
 
     Examples
     --------

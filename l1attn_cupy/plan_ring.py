@@ -96,10 +96,11 @@ def check_backend(device: str, backends: str) -> None:
         )
 
 
-def check_tensor(name: str, is_tensor: bool, is_dtensor: bool, array: Any) -> None:
-    """Raise unless ``array`` is a torch tensor, and this rank's own."""
+def check_tensor(name: str, is_tensor: bool, is_dtensor: bool, array: Any, whole: bool = False) -> None:
+    """Raise unless ``array`` is a torch tensor, and this rank's own or, as in `zigzag_shard`, the whole."""
     if is_dtensor:
-        raise TypeError(f"{name} must be this rank's shard as a torch.Tensor, got a DTensor; take {name}.to_local()")
+        what, take = ("the whole sequence", "full_tensor") if whole else ("this rank's shard", "to_local")
+        raise TypeError(f"{name} must be {what} as a torch.Tensor, got a DTensor; take {name}.{take}()")
     if not is_tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__module__}.{type(array).__qualname__}")
 

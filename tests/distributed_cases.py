@@ -316,9 +316,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def refuses(error: type[Exception], message: str, *given: Any, **more: Any) -> None:
-    """The call raises on this rank."""
+    """Ring attention raises on this rank."""
+    raises(error, message, functools.partial(ring_l1_attention, *given, **more))
+
+
+def raises(error: type[Exception], message: str, function: Callable[[], Any]) -> None:
     try:
-        ring_l1_attention(*given, **more)
+        function()
     except error as raised:
         assert re.search(message, str(raised)), f"{raised} is not {message}"
     else:
@@ -606,6 +610,15 @@ def dtensor_shared_heads_do_not_fit() -> None:
         assert "query must be this rank's shard as a torch.Tensor, got a DTensor" in str(raised)
     else:
         raise AssertionError("a DTensor was taken for a shard")
+
+
+@case
+def dtensor_is_no_shard() -> None:
+    """Not even one that is replicated: a shard of it would differ by rank, and be called replicated."""
+    (given,) = sharded([torch.randn(2, 8, 5)], None)
+    take = {zigzag_shard: r"the whole .* take tensor.full_tensor\(\)", zigzag_unshard: r".* take shard.to_local\(\)"}
+    for function, message in take.items():
+        raises(TypeError, f"must be {message}", functools.partial(function, given))
 
 
 # Peers that are lost: for rank 0 to notice.

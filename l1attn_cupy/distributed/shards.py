@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from .. import plan_ring
 from .groups import Group
@@ -40,7 +41,7 @@ def zigzag_shard(tensor: torch.Tensor, *, group: Any | None = None, dim: int = -
         There is no process group, this process is not in it, or ``dim`` is not a dimension.
     """
     ring = Group(group)
-    plan_ring.check_tensor("tensor", isinstance(tensor, torch.Tensor), False, tensor)
+    plan_ring.check_tensor("tensor", isinstance(tensor, torch.Tensor), isinstance(tensor, DTensor), tensor, whole=True)
     dim = plan_ring.check_dim(dim, tensor.dim())
     parts = tensor.split(plan_ring.chunks(tensor.shape[dim], 2 * ring.size), dim)
     return torch.cat([parts[ring.rank], parts[-1 - ring.rank]], dim)
@@ -68,7 +69,7 @@ def zigzag_unshard(shard: torch.Tensor, *, group: Any | None = None, dim: int = 
         A process has ended, or did not make the same call within the timeout of the process group.
     """
     ring = Group(group)
-    plan_ring.check_tensor("shard", isinstance(shard, torch.Tensor), False, shard)
+    plan_ring.check_tensor("shard", isinstance(shard, torch.Tensor), isinstance(shard, DTensor), shard)
     plan_ring.check_no_gradient(torch.is_grad_enabled() and shard.requires_grad)
     dim = plan_ring.check_dim(dim, shard.dim())
     shard = shard.movedim(dim, 0)

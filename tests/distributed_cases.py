@@ -346,7 +346,9 @@ def ranks_disagree() -> None:
     refuses(ValueError, "key must require a gradient on all ranks or on none, got False on rank 0", x, leaf, x)
     for name, both in {"scale": (1.0, 2.0), "score": ("inverse", "negative"), "zigzag": (False, True)}.items():
         refuses(ValueError, f"{name} must be the same on all ranks, got {both[0]!r}", x, x, x, **{name: both[last]})
-    refuses(ValueError, r"window must be the same on all ranks, got \(-1, -1\)", x, x, x, is_causal=last)
+    refuses(ValueError, "is_causal must be the same on all ranks, got False on rank 0", x, x, x, is_causal=last)
+    window = (3, 2 if last else 1)
+    refuses(ValueError, r"window must be the same on all ranks, got \(3, 1\) on rank 0", x, x, x, window=window)
     wrong = torch.randn(2, 9 if last else 8, 5)
     refuses(ValueError, r"query must have the lengths \[.*\] on the ranks for zigzag=True", *[wrong] * 3, zigzag=True)
     assert ring_l1_attention(x, x, x).isfinite().all()

@@ -123,7 +123,7 @@ def _ring(
         for name, flag in flags.items():
             plan_attention.check_flag(name, flag)
         checked = plan_attention.option_types(*options)
-        told = _tell(given, checked, flags["zigzag"])
+        told = _tell(given, checked, is_causal=options[1], zigzag=flags["zigzag"])
         plan_ring.check_backend(told.device, ring.backends)
     except (TypeError, ValueError) as error:
         if flags["check"] is not False:
@@ -135,7 +135,7 @@ def _ring(
     return out, lse
 
 
-def _tell(given: dict[str, Any], options: AttentionOptions, zigzag: bool) -> Told:
+def _tell(given: dict[str, Any], options: AttentionOptions, is_causal: bool, zigzag: bool) -> Told:
     """What other ranks must know of this one's call, once it is checked by itself."""
     for name, array in given.items():
         plan_ring.check_tensor(name, isinstance(array, torch.Tensor), isinstance(array, DTensor), array)
@@ -148,6 +148,7 @@ def _tell(given: dict[str, Any], options: AttentionOptions, zigzag: bool) -> Tol
         needs=tuple(torch.is_grad_enabled() and array.requires_grad for array in given.values()),
         options=(
             ("enable_gqa", options.enable_gqa),
+            ("is_causal", is_causal),
             ("window", (options.left, options.right)),
             ("score", options.score),
             ("scale", options.scale),

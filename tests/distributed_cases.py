@@ -375,6 +375,26 @@ def one_rank_is_wrong() -> None:
 
 
 @case
+def within_autocast() -> None:
+    """As `l1_attention`: all but float64 is computed in autocast's dtype, and gradients are of the leaves' dtype."""
+    layer, q = torch.nn.Linear(5, 5), torch.randn(2, 8, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected = layer(q)
+        mixed, plain = ring_l1_attention(projected, projected, q), ring_l1_attention(q, q, q)
+        double = ring_l1_attention(*[q.double()] * 3)
+        one_process = l1.l1_attention(q, q, q)
+    rounded = q.bfloat16()
+    assert mixed.equal(ring_l1_attention(projected, projected, rounded))
+    assert plain.equal(ring_l1_attention(*[rounded] * 3))
+    assert mixed.dtype is plain.dtype is one_process.dtype is torch.bfloat16
+    assert double.dtype is torch.float64
+    (found,) = torch.autograd.grad(plain.sum(), q)
+    (wanted,) = torch.autograd.grad(ring_l1_attention(*[rounded] * 3).sum(), q)
+    assert found.dtype is torch.float32
+    assert found.equal(wanted)
+
+
+@case
 def group_is_wrong() -> None:
     x = torch.randn(2, 8, 5)
     refuses(TypeError, "group must be a torch.distributed.ProcessGroup or None, got 'gloo'", x, x, x, group="gloo")

@@ -123,6 +123,7 @@ def _ring(
         for name, flag in flags.items():
             plan_attention.check_flag(name, flag)
         checked = plan_attention.option_types(*options)
+        given = _cast(given)
         told = _tell(given, checked, is_causal=options[1], zigzag=flags["zigzag"])
         plan_ring.check_backend(told.device, ring.backends)
     except (TypeError, ValueError) as error:
@@ -135,10 +136,17 @@ def _ring(
     return out, lse
 
 
-def _tell(given: dict[str, Any], options: AttentionOptions, is_causal: bool, zigzag: bool) -> Told:
-    """What other ranks must know of this one's call, once it is checked by itself."""
+def _cast(given: dict[str, Any]) -> dict[str, Any]:
+    """In autocast's dtype, where it is on, once they are known to be tensors; `_tell` refuses other kinds of these."""
     for name, array in given.items():
         plan_ring.check_tensor(name, isinstance(array, torch.Tensor), isinstance(array, DTensor), array)
+    if not all(map(autograd.dispatches, given.values())):
+        return given
+    return dict(zip(given, autograd.under_autocast(*given.values()), strict=True))
+
+
+def _tell(given: dict[str, Any], options: AttentionOptions, is_causal: bool, zigzag: bool) -> Told:
+    """What other ranks must know of this one's call, once it is checked by itself."""
     specs = [arrays.describe(array) for array in given.values()]
     plan_attention.attention([*specs, None], options)
     return Told(

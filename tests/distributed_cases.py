@@ -374,6 +374,96 @@ def one_rank_is_wrong() -> None:
     assert ring_l1_attention(x, x, x).isfinite().all()
 
 
+#: What communicates and takes a tensor, by the name in its errors.
+COMMUNICATING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ring_l1_attention": lambda x: ring_l1_attention(x, x, x),
+    "zigzag_unshard": zigzag_unshard,
+}
+
+
+def transformed(function: Callable[[torch.Tensor], Any]) -> list[tuple[str, Callable[[], Any]]]:
+    """What is said of calls that cannot be differentiated or batched, and these."""
+    x = torch.randn(2, 8, 5)
+    outside = "must be called outside of transforms of torch.func, got a call in one"
+
+    def dual() -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            return function(torch.autograd.forward_ad.make_dual(x, x))
+
+    return [
+        ("has no forward-mode derivative", lambda: torch.func.jvp(function, (x,), (x,))),
+        ("has no forward-mode derivative", dual),
+        (outside, lambda: torch.func.vmap(function)(x)),
+        (outside, lambda: torch.func.grad(lambda x: function(x).sum())(x)),
+    ]
+
+
+@case
+def one_rank_is_transformed() -> None:
+    """It alone calls from within torch.func or forward mode, and no rank waits for it."""
+    last, x = dist.get_rank() == dist.get_world_size() - 1, torch.randn(2, 8, 5)
+    for name, function in COMMUNICATING.items():
+        for message, call in transformed(function):
+            if last:
+                raises(NotImplementedError, f"{name} {message}", call)
+            else:
+                told = f"the call on rank . must be without an error, got NotImplementedError: {name} {message}"
+                raises(ValueError, told, functools.partial(function, x))
+        assert function(x).isfinite().all()
+
+
+@case
+def all_ranks_are_transformed() -> None:
+    for name, function in COMMUNICATING.items():
+        for message, call in transformed(function):
+            raises(NotImplementedError, f"{name} {message}", call)
+    x = torch.randn(2, 8, 5).requires_grad_()
+    out, grads = ring_l1_attention(x, x, x), torch.randn(3, 2, 8, 5)
+    message = "the gradient of ring_l1_attention must be called outside of transforms of torch.func"
+    batched = torch.func.vmap(lambda grad: torch.autograd.grad(out, x, grad, True)[0])
+    raises(NotImplementedError, message, lambda: batched(grads))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(grads[0], grads[1])
+        message = "the gradient of ring_l1_attention has no forward-mode derivative"
+        raises(NotImplementedError, message, lambda: torch.autograd.grad(out, x, dual, True))
+    (grad,) = torch.autograd.grad(out, x, grads[0])
+    assert grad.isfinite().all()
+
+
+@case
+def one_shard_is_wrong() -> None:
+    """`zigzag_unshard` on one rank alone, or on all of them; no rank waits."""
+    last, x = dist.get_rank() == dist.get_world_size() - 1, torch.randn(2, 8, 5)
+    wrong: dict[str, tuple[Any, dict[str, Any]]] = {
+        "shard must be a torch.Tensor, got numpy.ndarray": (x.numpy(), {}),
+        "shard must not require a gradient": (x.clone().requires_grad_(), {}),
+        "shard must be a dense array, got a sparse_coo one": (x.to_sparse(), {}),
+        "shard must hold data, got a tensor on the meta device": (x.to("meta"), {}),
+        "dim must be from -3 to 2": (x, {"dim": 3}),
+    }
+    for message, (given, more) in wrong.items():
+        call = functools.partial(zigzag_unshard, given, **more)
+        raises((TypeError, ValueError), message, call)
+        if last:
+            raises((TypeError, ValueError), message, call)
+        else:
+            told = f"the call on rank . must be without an error, got .*Error: {message}"
+            raises(ValueError, told, functools.partial(zigzag_unshard, x))
+    raises(TypeError, "shard must have one dtype on all ranks", lambda: zigzag_unshard(x.double() if last else x))
+    assert zigzag_unshard(x).shape == (2, 8 * dist.get_world_size(), 5)
+
+
+@case
+def no_communication_is_no_lost_peer() -> None:
+    """What torch has not built is not called a process that has ended."""
+
+    def unsupported() -> None:
+        with groups.Group(None).explained():
+            raise NotImplementedError("as torch says it")
+
+    raises(NotImplementedError, "^as torch says it$", unsupported)
+
+
 @case
 def within_autocast() -> None:
     """As `l1_attention`: all but float64 is computed in autocast's dtype, and gradients are of the leaves' dtype."""

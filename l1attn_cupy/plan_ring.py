@@ -96,10 +96,19 @@ def check_backend(device: str, backends: str) -> None:
         )
 
 
-def check_tensor(name: str, is_tensor: bool, is_dtensor: bool, array: Any) -> None:
-    """Raise unless ``array`` is a torch tensor, and this rank's own."""
+def check_transforms(function: str, forward_mode: bool, transformed: bool) -> None:
+    """Raise within what an exchange between processes does not know: tangents, and transforms of torch.func."""
+    if forward_mode:
+        raise NotImplementedError(f"{function} has no forward-mode derivative")
+    if transformed:
+        raise NotImplementedError(f"{function} must be called outside of transforms of torch.func, got a call in one")
+
+
+def check_tensor(name: str, is_tensor: bool, is_dtensor: bool, array: Any, whole: bool = False) -> None:
+    """Raise unless ``array`` is a torch tensor, and this rank's own or, as in `zigzag_shard`, the whole."""
     if is_dtensor:
-        raise TypeError(f"{name} must be this rank's shard as a torch.Tensor, got a DTensor; take {name}.to_local()")
+        what, take = ("the whole sequence", "full_tensor") if whole else ("this rank's shard", "to_local")
+        raise TypeError(f"{name} must be {what} as a torch.Tensor, got a DTensor; take {name}.{take}()")
     if not is_tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__module__}.{type(array).__qualname__}")
 
@@ -127,9 +136,7 @@ def ring(told: Sequence[Told], rank: int) -> RingPlan:
 
     A rank that found an error by itself raises that instead.
     """
-    for other, one in enumerate(told):
-        if one.error:
-            raise ValueError(f"the call on rank {other} must be without an error, got {one.error}")
+    _check_no_error(told)
     for field, what in (("dtype", "dtype"), ("device", "kind of device")):
         _check_alike(f"query must have one {what} on all ranks", [getattr(one, field) for one in told], TypeError)
     for n, name in enumerate(_NAMES):
@@ -144,6 +151,12 @@ def ring(told: Sequence[Told], rank: int) -> RingPlan:
         check_zigzag("query", lengths_q)
         check_zigzag("key", lengths_k)
     return RingPlan(rank, len(told), lengths_q, lengths_k, options["window"], options["zigzag"])
+
+
+def _check_no_error(told: Sequence[Told]) -> None:
+    for other, one in enumerate(told):
+        if one.error:
+            raise ValueError(f"the call on rank {other} must be without an error, got {one.error}")
 
 
 def _check_alike(requirement: str, given: Sequence[Any], error: type[Exception] = ValueError) -> None:
@@ -168,12 +181,17 @@ def check_zigzag(name: str, lengths: Sequence[int]) -> None:
         )
 
 
-def check_shards(told: Sequence[tuple[Shape, str]]) -> None:
-    """Raise unless shapes, with the length first, and dtypes of all ranks' shards fit together."""
-    _check_alike("shard must have one dtype on all ranks", [dtype for _, dtype in told], TypeError)
-    kinds = [("*", *shape[1:]) for shape, _ in told]
+def check_shards(told: Sequence[Told]) -> list[int]:
+    """Lengths of all ranks' shards, of which each tells its shape with the length first, if they fit together."""
+    _check_no_error(told)
+    _check_alike("shard must have one dtype on all ranks", [one.dtype for one in told], TypeError)
+    _check_alike("shard must be on one kind of device on all ranks", [one.device for one in told], TypeError)
+    shapes = [one.shapes[0] for one in told]
+    kinds = [("*", *shape[1:]) for shape in shapes]
     _check_alike("shard must have one shape on all ranks, but for the length (here first)", kinds)
-    check_zigzag("shard", [shape[0] for shape, _ in told])
+    lengths = [shape[0] for shape in shapes]
+    check_zigzag("shard", lengths)
+    return lengths
 
 
 def chunks(length: int, number: int) -> list[int]:

@@ -316,9 +316,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def refuses(error: type[Exception], message: str, *given: Any, **more: Any) -> None:
-    """The call raises on this rank."""
+    """Ring attention raises on this rank."""
+    raises(error, message, functools.partial(ring_l1_attention, *given, **more))
+
+
+def raises(error: type[Exception], message: str, function: Callable[[], Any]) -> None:
     try:
-        ring_l1_attention(*given, **more)
+        function()
     except error as raised:
         assert re.search(message, str(raised)), f"{raised} is not {message}"
     else:
@@ -342,7 +346,9 @@ def ranks_disagree() -> None:
     refuses(ValueError, "key must require a gradient on all ranks or on none, got False on rank 0", x, leaf, x)
     for name, both in {"scale": (1.0, 2.0), "score": ("inverse", "negative"), "zigzag": (False, True)}.items():
         refuses(ValueError, f"{name} must be the same on all ranks, got {both[0]!r}", x, x, x, **{name: both[last]})
-    refuses(ValueError, r"window must be the same on all ranks, got \(-1, -1\)", x, x, x, is_causal=last)
+    refuses(ValueError, "is_causal must be the same on all ranks, got False on rank 0", x, x, x, is_causal=last)
+    window = (3, 2 if last else 1)
+    refuses(ValueError, r"window must be the same on all ranks, got \(3, 1\) on rank 0", x, x, x, window=window)
     wrong = torch.randn(2, 9 if last else 8, 5)
     refuses(ValueError, r"query must have the lengths \[.*\] on the ranks for zigzag=True", *[wrong] * 3, zigzag=True)
     assert ring_l1_attention(x, x, x).isfinite().all()
@@ -366,6 +372,116 @@ def one_rank_is_wrong() -> None:
         else:
             refuses(ValueError, f"the call on rank . must be without an error, got .*Error: {message}", x, x, x)
     assert ring_l1_attention(x, x, x).isfinite().all()
+
+
+#: What communicates and takes a tensor, by the name in its errors.
+COMMUNICATING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ring_l1_attention": lambda x: ring_l1_attention(x, x, x),
+    "zigzag_unshard": zigzag_unshard,
+}
+
+
+def transformed(function: Callable[[torch.Tensor], Any]) -> list[tuple[str, Callable[[], Any]]]:
+    """What is said of calls that cannot be differentiated or batched, and these."""
+    x = torch.randn(2, 8, 5)
+    outside = "must be called outside of transforms of torch.func, got a call in one"
+
+    def dual() -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            return function(torch.autograd.forward_ad.make_dual(x, x))
+
+    return [
+        ("has no forward-mode derivative", lambda: torch.func.jvp(function, (x,), (x,))),
+        ("has no forward-mode derivative", dual),
+        (outside, lambda: torch.func.vmap(function)(x)),
+        (outside, lambda: torch.func.grad(lambda x: function(x).sum())(x)),
+    ]
+
+
+@case
+def one_rank_is_transformed() -> None:
+    """It alone calls from within torch.func or forward mode, and no rank waits for it."""
+    last, x = dist.get_rank() == dist.get_world_size() - 1, torch.randn(2, 8, 5)
+    for name, function in COMMUNICATING.items():
+        for message, call in transformed(function):
+            if last:
+                raises(NotImplementedError, f"{name} {message}", call)
+            else:
+                told = f"the call on rank . must be without an error, got NotImplementedError: {name} {message}"
+                raises(ValueError, told, functools.partial(function, x))
+        assert function(x).isfinite().all()
+
+
+@case
+def all_ranks_are_transformed() -> None:
+    for name, function in COMMUNICATING.items():
+        for message, call in transformed(function):
+            raises(NotImplementedError, f"{name} {message}", call)
+    x = torch.randn(2, 8, 5).requires_grad_()
+    out, grads = ring_l1_attention(x, x, x), torch.randn(3, 2, 8, 5)
+    message = "the gradient of ring_l1_attention must be called outside of transforms of torch.func"
+    batched = torch.func.vmap(lambda grad: torch.autograd.grad(out, x, grad, True)[0])
+    raises(NotImplementedError, message, lambda: batched(grads))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(grads[0], grads[1])
+        message = "the gradient of ring_l1_attention has no forward-mode derivative"
+        raises(NotImplementedError, message, lambda: torch.autograd.grad(out, x, dual, True))
+    (grad,) = torch.autograd.grad(out, x, grads[0])
+    assert grad.isfinite().all()
+
+
+@case
+def one_shard_is_wrong() -> None:
+    """`zigzag_unshard` on one rank alone, or on all of them; no rank waits."""
+    last, x = dist.get_rank() == dist.get_world_size() - 1, torch.randn(2, 8, 5)
+    wrong: dict[str, tuple[Any, dict[str, Any]]] = {
+        "shard must be a torch.Tensor, got numpy.ndarray": (x.numpy(), {}),
+        "shard must not require a gradient": (x.clone().requires_grad_(), {}),
+        "shard must be a dense array, got a sparse_coo one": (x.to_sparse(), {}),
+        "shard must hold data, got a tensor on the meta device": (x.to("meta"), {}),
+        "dim must be from -3 to 2": (x, {"dim": 3}),
+    }
+    for message, (given, more) in wrong.items():
+        call = functools.partial(zigzag_unshard, given, **more)
+        raises((TypeError, ValueError), message, call)
+        if last:
+            raises((TypeError, ValueError), message, call)
+        else:
+            told = f"the call on rank . must be without an error, got .*Error: {message}"
+            raises(ValueError, told, functools.partial(zigzag_unshard, x))
+    raises(TypeError, "shard must have one dtype on all ranks", lambda: zigzag_unshard(x.double() if last else x))
+    assert zigzag_unshard(x).shape == (2, 8 * dist.get_world_size(), 5)
+
+
+@case
+def no_communication_is_no_lost_peer() -> None:
+    """What torch has not built is not called a process that has ended."""
+
+    def unsupported() -> None:
+        with groups.Group(None).explained():
+            raise NotImplementedError("as torch says it")
+
+    raises(NotImplementedError, "^as torch says it$", unsupported)
+
+
+@case
+def within_autocast() -> None:
+    """As `l1_attention`: all but float64 is computed in autocast's dtype, and gradients are of the leaves' dtype."""
+    layer, q = torch.nn.Linear(5, 5), torch.randn(2, 8, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        projected = layer(q)
+        mixed, plain = ring_l1_attention(projected, projected, q), ring_l1_attention(q, q, q)
+        double = ring_l1_attention(*[q.double()] * 3)
+        one_process = l1.l1_attention(q, q, q)
+    rounded = q.bfloat16()
+    assert mixed.equal(ring_l1_attention(projected, projected, rounded))
+    assert plain.equal(ring_l1_attention(*[rounded] * 3))
+    assert mixed.dtype is plain.dtype is one_process.dtype is torch.bfloat16
+    assert double.dtype is torch.float64
+    (found,) = torch.autograd.grad(plain.sum(), q)
+    (wanted,) = torch.autograd.grad(ring_l1_attention(*[rounded] * 3).sum(), q)
+    assert found.dtype is torch.float32
+    assert found.equal(wanted)
 
 
 @case
@@ -606,6 +722,15 @@ def dtensor_shared_heads_do_not_fit() -> None:
         assert "query must be this rank's shard as a torch.Tensor, got a DTensor" in str(raised)
     else:
         raise AssertionError("a DTensor was taken for a shard")
+
+
+@case
+def dtensor_is_no_shard() -> None:
+    """Not even one that is replicated: a shard of it would differ by rank, and be called replicated."""
+    (given,) = sharded([torch.randn(2, 8, 5)], None)
+    take = {zigzag_shard: r"the whole .* take tensor.full_tensor\(\)", zigzag_unshard: r".* take shard.to_local\(\)"}
+    for function, message in take.items():
+        raises(TypeError, f"must be {message}", functools.partial(function, given))
 
 
 # Peers that are lost: for rank 0 to notice.

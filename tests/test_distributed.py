@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -150,6 +151,25 @@ def test_ring_needs_a_backend_for_the_device(device, backends):
     ):
         plan_ring.check_backend(device, backends)
     plan_ring.check_backend(device, "cpu:gloo,cuda:nccl")
+
+
+def test_register_dtensor_on_another_torch(monkeypatch):
+    """It alone needs what not every torch has; what it needs is looked up before anything is registered."""
+    from torch.distributed.tensor import DTensor, experimental
+
+    from l1attn_cupy.distributed import dtensor
+
+    again = importlib.util.spec_from_file_location("l1attn_cupy.distributed.again", dtensor.__file__)
+    module = importlib.util.module_from_spec(again)
+    with monkeypatch.context() as patch:
+        patch.delattr(experimental, "register_sharding")
+        again.loader.exec_module(module)
+        with pytest.raises(ImportError, match=r"register_dtensor needs a torch with .*register_sharding"):
+            module.register_dtensor()
+    with monkeypatch.context() as patch:
+        patch.delattr(DTensor, "_op_dispatcher")
+        with pytest.raises(ImportError, match=r"register_dtensor needs .* '_op_dispatcher'"):
+            module.register_dtensor()
 
 
 LAYOUTS = [

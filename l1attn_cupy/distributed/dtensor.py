@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.experimental import register_sharding
 
 from .. import autograd_attention  # noqa: F401  defines the operators
 
@@ -43,18 +42,27 @@ def register_dtensor() -> None:
     Raises
     ------
     ImportError
-        This torch has no `torch.distributed.tensor.experimental.register_sharding`.
+        This torch has no `torch.distributed.tensor.experimental.register_sharding`, or DTensor keeps what it knows of
+        operators elsewhere.
 
     Notes
     -----
     With ``enable_gqa``, heads stay sharded only if those of key and value are a multiple of the size of the mesh, or
     one, or as many as those of query; otherwise they are gathered.
     """
+    try:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            "register_dtensor needs a torch with torch.distributed.tensor.experimental.register_sharding, whose "
+            f"DTensor has _op_dispatcher.sharding_propagator.op_to_schema_info, got {torch.__version__} ({error})"
+        ) from error
     for name in ("scores", "scores_backward", "attention", "attention_backward"):
         op = getattr(torch.ops.l1attn, name).default
         register_sharding(op)(functools.partial(_shardings, op))
         # Results have other shapes with other flags, so what is known of them goes by these, too.
-        known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
         first_option = next(n for n, given in enumerate(op._schema.arguments) if "Tensor" not in str(given.type))
         known[op] = dataclasses.replace(known[op], static_argnum=first_option)
 

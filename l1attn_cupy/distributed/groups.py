@@ -36,9 +36,19 @@ class Group:
     def gather(self, told: Any) -> list[Any]:
         """What all ranks tell, in the order of the ranks."""
         everything: list[Any] = [None] * self.size
-        with self.explained():
+        with self.explained(), torch._C._DisableFuncTorch():  # an error within vmap is told without being transformed
             dist.all_gather_object(everything, told, group=self.group)
         return everything
+
+    @contextlib.contextmanager
+    def shared(self, tell: bool = True) -> Iterator[None]:
+        """Around what this rank checks by itself: an error reaches the others, which would wait, if they `gather`."""
+        try:
+            yield
+        except Exception as error:
+            if tell:
+                self.gather(plan_ring.Told(f"{type(error).__name__}: {error}"))
+            raise
 
     def pass_on(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], tag: int) -> Transfer:
         """Begin to send to the next rank and to receive from the previous one; nothing of what is empty.
@@ -59,6 +69,8 @@ class Group:
         """Adds to an error of the backend who did not hear from whom."""
         try:
             yield
+        except NotImplementedError:  # of torch, for a kind of tensor; communication did not begin
+            raise
         except RuntimeError as error:
             ranks = sorted({self.previous, self.next})
             raise RuntimeError(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 from .. import (
@@ -87,7 +86,9 @@ def ring_l1_attention(
     ------
     TypeError, ValueError
         As `l1_attention`; also where there is no process group, or calls do not fit together. An error of one rank is
-        one on all.
+        one on all, but for one of ``group``, through which they would hear of it.
+    NotImplementedError
+        Within forward-mode differentiation, or a transform of torch.func.
     RuntimeError
         A process has ended, or did not make the same call within the timeout of the process group. The group is of no
         use after that. Between GPUs, NCCL's watchdog ends the process instead, unless TORCH_NCCL_BLOCKING_WAIT=1.
@@ -116,29 +117,32 @@ def _ring(
     group: Any, given: dict[str, Any], flags: dict[str, bool], options: tuple[Any, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse; on its own, as `torch.compile` cannot trace communication of objects."""
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError("ring_l1_attention has no forward-mode derivative")
     ring = Group(group)
-    try:
+    with ring.shared(flags["check"] is not False):
+        plan_ring.check_transforms("ring_l1_attention", autograd.has_tangents(), autograd.is_transformed())
         for name, flag in flags.items():
             plan_attention.check_flag(name, flag)
         checked = plan_attention.option_types(*options)
-        told = _tell(given, checked, flags["zigzag"])
+        given = _cast(given)
+        told = _tell(given, checked, is_causal=options[1], zigzag=flags["zigzag"])
         plan_ring.check_backend(told.device, ring.backends)
-    except (TypeError, ValueError) as error:
-        if flags["check"] is not False:
-            ring.gather(Told(f"{type(error).__name__}: {error}"))
-        raise
     everything = ring.gather(told) if flags["check"] else [told] * ring.size
     call = _Call(plan_ring.ring(everything, ring.rank), ring, checked)
     out, lse = _RingAttention.apply(*given.values(), call)
     return out, lse
 
 
-def _tell(given: dict[str, Any], options: AttentionOptions, zigzag: bool) -> Told:
-    """What other ranks must know of this one's call, once it is checked by itself."""
+def _cast(given: dict[str, Any]) -> dict[str, Any]:
+    """In autocast's dtype, where it is on, once they are known to be tensors; `_tell` refuses other kinds of these."""
     for name, array in given.items():
         plan_ring.check_tensor(name, isinstance(array, torch.Tensor), isinstance(array, DTensor), array)
+    if not all(map(autograd.dispatches, given.values())):
+        return given
+    return dict(zip(given, autograd.under_autocast(*given.values()), strict=True))
+
+
+def _tell(given: dict[str, Any], options: AttentionOptions, is_causal: bool, zigzag: bool) -> Told:
+    """What other ranks must know of this one's call, once it is checked by itself."""
     specs = [arrays.describe(array) for array in given.values()]
     plan_attention.attention([*specs, None], options)
     return Told(
@@ -148,6 +152,7 @@ def _tell(given: dict[str, Any], options: AttentionOptions, zigzag: bool) -> Tol
         needs=tuple(torch.is_grad_enabled() and array.requires_grad for array in given.values()),
         options=(
             ("enable_gqa", options.enable_gqa),
+            ("is_causal", is_causal),
             ("window", (options.left, options.right)),
             ("score", options.score),
             ("scale", options.scale),
@@ -181,6 +186,8 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+        name = "the gradient of ring_l1_attention"  # before anything is sent that nobody would receive
+        plan_ring.check_transforms(name, autograd.has_tangents(), autograd.is_transformed())
         query, key, value, out, softmax = ctx.saved_tensors
         if grad_out is None:  # other ranks may have one
             grad_out = torch.zeros_like(out, dtype=query.dtype)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from .. import plan_ring
+from .. import arrays, autograd, plan, plan_ring
+from ..plan_ring import Told
 from .groups import Group
 
 
@@ -40,7 +42,7 @@ def zigzag_shard(tensor: torch.Tensor, *, group: Any | None = None, dim: int = -
         There is no process group, this process is not in it, or ``dim`` is not a dimension.
     """
     ring = Group(group)
-    plan_ring.check_tensor("tensor", isinstance(tensor, torch.Tensor), False, tensor)
+    plan_ring.check_tensor("tensor", isinstance(tensor, torch.Tensor), isinstance(tensor, DTensor), tensor, whole=True)
     dim = plan_ring.check_dim(dim, tensor.dim())
     parts = tensor.split(plan_ring.chunks(tensor.shape[dim], 2 * ring.size), dim)
     return torch.cat([parts[ring.rank], parts[-1 - ring.rank]], dim)
@@ -63,18 +65,25 @@ def zigzag_unshard(shard: torch.Tensor, *, group: Any | None = None, dim: int = 
     Raises
     ------
     TypeError, ValueError
-        As `zigzag_shard`; also where shards do not fit together, or a gradient would be lost.
+        As `zigzag_shard`; also where shards do not fit together, hold no data, or a gradient would be lost. An error of
+        one rank is one on all, but for one of ``group``.
+    NotImplementedError
+        Within forward-mode differentiation, or a transform of torch.func.
     RuntimeError
         A process has ended, or did not make the same call within the timeout of the process group.
     """
     ring = Group(group)
-    plan_ring.check_tensor("shard", isinstance(shard, torch.Tensor), False, shard)
-    plan_ring.check_no_gradient(torch.is_grad_enabled() and shard.requires_grad)
-    dim = plan_ring.check_dim(dim, shard.dim())
-    shard = shard.movedim(dim, 0)
-    told = ring.gather((tuple(shard.shape), str(shard.dtype)))
-    plan_ring.check_shards(told)
-    lengths = [shape[0] for shape, _ in told]
+    with ring.shared():
+        plan_ring.check_transforms("zigzag_unshard", autograd.has_tangents(), autograd.is_transformed())
+        plan_ring.check_tensor("shard", isinstance(shard, torch.Tensor), isinstance(shard, DTensor), shard)
+        spec = arrays.describe(shard)
+        plan.check_dense("shard", spec)
+        device = spec.device.partition(":")[0]
+        plan_ring.check_backend(device, ring.backends)
+        plan_ring.check_no_gradient(torch.is_grad_enabled() and shard.requires_grad)
+        dim = plan_ring.check_dim(dim, shard.dim())
+        shard = shard.movedim(dim, 0)
+    lengths = plan_ring.check_shards(ring.gather(Told(shapes=(tuple(shard.shape),), dtype=spec.dtype, device=device)))
     whole = [shard.new_empty(max(lengths), *shard.shape[1:]) for _ in lengths]
     padded = torch.cat([shard, shard.new_zeros(max(lengths) - len(shard), *shard.shape[1:])])
     with ring.explained():

@@ -36,6 +36,7 @@ def _plan(
     ends_k: Optional,
     options: tuple,
 ) -> AttentionPlan:
+    plan_attention.check_both_ends(ends_q, ends_k)
     segments = None
     if ends_q is not None and ends_k is not None:
         ends = arrays.integers("cu_seqlens_q", ends_q), arrays.integers("cu_seqlens_k", ends_k)

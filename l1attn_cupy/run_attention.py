@@ -52,6 +52,8 @@ def attention_backward(
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Any | None, ...]:
     """The gradients of query, key, value and mask that are needed; out is best not rounded."""
+    plan_attention.check_dmask(call.mask, needed[3], "need_mask")
+    plan_attention.check_softmax(call.without_segments, arrays.describe(softmax))
     check_backward(call, grad_out, out, softmax[..., 0], grad_lse)
     given = {"query": query, "key": key, "value": value, "mask": mask}
     wanted = {

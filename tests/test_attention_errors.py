@@ -10,6 +10,7 @@ import torch
 from test_plan_errors import WRONG_ARRAYS, WRONG_OPTIONS, WRONG_TENSORS
 
 import l1attn_cupy as l1
+import l1attn_cupy.autograd_attention  # registers the operators
 from l1attn_cupy import plan_attention
 
 X = np.zeros((3, 4), np.float32)
@@ -301,3 +302,59 @@ def test_cu_seqlens_of_any_sequence_but_not_of_bools():
     )
     with pytest.raises(TypeError, match="cu_seqlens_q must be one-dimensional and of integers"):
         l1.l1_attention_varlen(x[:1], x[:1], x[:1], [False, True], [0, 1])
+
+
+def by_name(needed=(True, True, True, False), **changed):
+    """Gradients by the name of the operator, some arguments changed; softmax is in float32, of shape (..., L, 2)."""
+    given = {"grad_out": T, "query": T, "key": T, "value": T, "attn_mask": None, "cu_seqlens_q": None}
+    given |= {"cu_seqlens_k": None, "out": T, "softmax": torch.ones(3, 2), "grad_lse": None}
+    options = {"enable_gqa": False, "window_left": -1, "window_right": -1, "score": "inverse", "scale": 1.0}
+    options |= {"eps": 1e-3, "backend": None, "variant": None}
+    needs = dict(zip(("need_query", "need_key", "need_value", "need_mask"), needed, strict=True))
+    return torch.ops.l1attn.attention_backward(**{**given, **needs, **options, **changed})
+
+
+def forward_by_name(**changed):
+    given = {"query": T, "key": T, "value": T, "attn_mask": None, "cu_seqlens_q": None, "cu_seqlens_k": None}
+    options = {"keep": False, "enable_gqa": False, "window_left": -1, "window_right": -1, "score": "inverse"}
+    options |= {"scale": 1.0, "eps": 1e-3, "backend": None, "variant": None}
+    return torch.ops.l1attn.attention(**{**given, **options, **changed})
+
+
+@pytest.mark.parametrize("mask, got", [(None, "None"), (torch.ones(3, 3, dtype=torch.bool), "a bool mask")])
+def test_attention_operator_gradient_of_no_mask(mask, got):
+    """Kernels would write floats into an array of bools, beyond its end."""
+    with pytest.raises(ValueError, match=f"need_mask needs an attn_mask that is added to the scores, got {got}"):
+        by_name(needed=(True,) * 4, attn_mask=mask)
+
+
+SOFTMAX = {
+    "dtype": (torch.ones(3, 2).double(), TypeError, "softmax must have dtype float32, got float64"),
+    "one part": (torch.ones(3, 1), ValueError, "softmax must have the shape (3, 2), got (3, 1)"),
+    "rows": (torch.ones(4, 2), ValueError, "softmax must have the shape (3, 2), got (4, 2)"),
+    "scalar": (torch.ones(()), ValueError, "softmax must have at least 2 dimensions (..., query length, 2), got ()"),
+}
+
+
+@pytest.mark.parametrize("case", SOFTMAX)
+def test_attention_operator_wrong_softmax(case):
+    """Of another dtype or shape it would be read beyond its end."""
+    wrong, error, message = SOFTMAX[case]
+    with pytest.raises(error, match=re.escape(message)):
+        by_name(softmax=wrong)
+
+
+@pytest.mark.parametrize("call", [forward_by_name, by_name])
+def test_attention_operator_lengths_of_one_side(call):
+    packed = {name: T[None] for name in ("query", "key", "value")}
+    ends = torch.tensor([0, 3])
+    for name, missing in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens_q")):
+        with pytest.raises(TypeError, match=f"{missing} must be given where the other lengths are, got None"):
+            call(**packed, **{name: ends})
+
+
+@pytest.mark.parametrize("call", [forward_by_name, by_name])
+@pytest.mark.parametrize("name", ["window_left", "window_right"])
+def test_attention_operator_wrong_window(name, call):
+    with pytest.raises(ValueError, match=f"{name} must be a number from 0 on, or -1 for no limit, got -3"):
+        call(**{name: -3})

@@ -23,6 +23,15 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module(f".{name}.attention_backend", __package__)
 
 
+def check_variant(call: AttentionPlan) -> None:
+    """Raise, where no kernel is reached, what the choice of one would."""
+    if call.options.variant is not None:
+        from .cuda import registry
+
+        sizes = {"q": call.length_q, "k": call.length_k, "e": call.channels, "v": call.channels_v}
+        registry.choose("attention_forward", call.query.dtype, sizes, call.options.variant)
+
+
 def attention(
     call: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, keep: bool = False
 ) -> tuple[Any, Any, Any | None]:

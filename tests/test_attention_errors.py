@@ -346,7 +346,7 @@ def test_attention_operator_wrong_softmax(case):
 
 @pytest.mark.parametrize("call", [forward_by_name, by_name])
 def test_attention_operator_lengths_of_one_side(call):
-    packed = {name: T[None] for name in ("query", "key", "value")}
+    packed = dict.fromkeys(("query", "key", "value"), T[None])
     ends = torch.tensor([0, 3])
     for name, missing in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens_q")):
         with pytest.raises(TypeError, match=f"{missing} must be given where the other lengths are, got None"):
@@ -358,3 +358,53 @@ def test_attention_operator_lengths_of_one_side(call):
 def test_attention_operator_wrong_window(name, call):
     with pytest.raises(ValueError, match=f"{name} must be a number from 0 on, or -1 for no limit, got -3"):
         call(**{name: -3})
+
+
+def in_forward_mode(call, query):
+    return torch.func.jvp(call, (query,), (torch.ones_like(query),))
+
+
+FORWARD_MODE = {
+    "mask of integers": ({"attn_mask": torch.ones(3, 3).int()}, "attn_mask must be bool or have query's dtype"),
+    "mask of another float": ({"attn_mask": torch.ones(3, 3).double()}, "attn_mask must be bool or have query's"),
+    "key of another dtype": ({"key": T.double()}, "key must have query's dtype"),
+    "value of another dtype": ({"value": T.double()}, "value must have query's dtype"),
+    "one value": ({"value": T[:1]}, "value must have length 3 to match key"),
+    "variant on cpu": ({"variant": "x"}, "variant must be None on the cpu backend"),
+    "variant": ({"variant": "x", "backend": "emulator"}, "variant must be None or one of .* for attention_forward"),
+}
+
+
+@pytest.mark.parametrize("case", FORWARD_MODE)
+def test_attention_forward_mode_wrong_argument(case):
+    """It is composed of other operations, to which these would be right."""
+    changed, message = FORWARD_MODE[case]
+    given = {"key": T, "value": T, **changed}
+    with pytest.raises((TypeError, ValueError), match=message):
+        in_forward_mode(lambda query: l1.l1_attention(query, **given), T)
+    with pytest.raises((TypeError, ValueError), match=message):  # the same as without tangents
+        l1.l1_attention(T, **given)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_attention_forward_mode_wrong_value(case):
+    change, message = WRONG[case]
+    given = {"query": T, "key": T, "value": T, **change(T)}
+    query = given.pop("query")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        in_forward_mode(lambda query: l1.l1_attention(query, **given), query)
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_varlen_forward_mode_wrong_lengths(case):
+    ends_q, ends_k, message = PACKED[case]
+    packed = T[:, None]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        in_forward_mode(lambda query: l1.l1_attention_varlen(query, packed, packed, ends_q, ends_k), packed)
+
+
+def test_varlen_forward_mode_messages_show_the_shapes_that_were_given():
+    key, value, message = VARLEN_SHAPES["heads"]
+    key, value = zeros(T, *key), zeros(T, *value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        in_forward_mode(lambda query: l1.l1_attention_varlen(query, key, value, [0, 9], [0, 9]), zeros(T, 9, 2, 4))

@@ -186,7 +186,7 @@ def _attention(
     for name, spec in arrays.items():
         plan.check_array(name, spec)
         _check_like_query(name, query, spec)
-    given = {name: _given(spec.shape, packed) for name, spec in arrays.items()}
+    given = {name: as_given(spec.shape, packed) for name, spec in arrays.items()}
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"key must have head_dim {query.shape[-1]} to match query {given['query']}, got {given['key']}"
@@ -202,7 +202,7 @@ def _attention(
     )
     groups = _groups(query, key, value, given) if options.enable_gqa else None
     heads = [_split_heads(query, *groups), _lone(key), _lone(value)] if groups else [query, key, value]
-    batch = _broadcast(heads, given, packed, 2 if groups else 0)
+    batch = broadcast_batch([spec.shape[:-2] for spec in heads], given, packed, 2 if groups else 0)
     merged = (*batch[:-2], batch[-2] * batch[-1]) if groups else batch
     out_shape = (*merged, query.shape[-2], value.shape[-1])
     if mask is not None:
@@ -231,7 +231,7 @@ def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec, unrounded: s
     plan.check_same("device", "be on query's device", query, spec, name)
 
 
-def _given(shape: Shape, packed: bool) -> Shape:
+def as_given(shape: Shape, packed: bool) -> Shape:
     """The shape as it was given: packed arrays come with heads before lengths."""
     return (shape[1], shape[0], *shape[2:]) if packed else shape
 
@@ -273,12 +273,12 @@ def _lone(spec: ArraySpec) -> ArraySpec:
     )
 
 
-def _broadcast(specs: Sequence[ArraySpec], given: Mapping[str, Shape], packed: bool, of_heads: int) -> Shape:
+def broadcast_batch(batches: Sequence[Shape], given: Mapping[str, Shape], packed: bool, of_heads: int = 0) -> Shape:
     """The batch dimensions of query, key and value broadcast, as in `torch.matmul`; the last ``of_heads`` are heads."""
     batch: Shape = ()
-    for spec, (name, shape) in zip(specs, given.items(), strict=True):
+    for own_batch, (name, shape) in zip(batches, given.items(), strict=True):
         try:
-            batch = plan.broadcast_shapes(batch, spec.shape[:-2])
+            batch = plan.broadcast_shapes(batch, own_batch)
         except ValueError:
             what, own = ("heads", batch[0]) if packed else ("batch dimensions", batch[: len(batch) - of_heads])
             raise ValueError(

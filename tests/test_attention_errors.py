@@ -408,3 +408,49 @@ def test_varlen_forward_mode_messages_show_the_shapes_that_were_given():
     key, value = zeros(T, *key), zeros(T, *value)
     with pytest.raises(ValueError, match=re.escape(message)):
         in_forward_mode(lambda query: l1.l1_attention_varlen(query, key, value, [0, 9], [0, 9]), zeros(T, 9, 2, 4))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_batch_that_does_not_broadcast_in_a_compiled_graph(shared, dynamic):
+    """Sizes may be symbols there."""
+    query, key = (
+        (zeros(T, 2, 4, 5, 4), zeros(T, 3, 2, 7, 4)) if shared else (zeros(T, 2, 3, 5, 4), zeros(T, 2, 2, 7, 4))
+    )
+
+    def call(q, k):
+        return l1.l1_attention(q, k, k, enable_gqa=shared)
+
+    call = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with pytest.raises(Exception, match=r"key must have batch dimensions that broadcast with .* to match query \("):
+        call(query, key)
+
+
+def test_varlen_heads_that_do_not_broadcast_in_a_compiled_graph():
+    key, value, message = VARLEN_SHAPES["heads"]
+    given = zeros(T, 9, 2, 4), zeros(T, *key), zeros(T, *value)
+    ends = torch.tensor([0, 9])
+    call = torch.compile(l1.l1_attention_varlen, fullgraph=True, backend="aot_eager", dynamic=False)
+    with pytest.raises(Exception, match=re.escape(message)):
+        call(*given, ends, ends)
+
+
+def test_attention_vector_in_a_compiled_graph():
+    call = torch.compile(l1.l1_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(
+        Exception, match=r"value must have at least 2 dimensions \(\.\.\., length, head_dim\), got \(3,\)"
+    ):
+        call(T, T, torch.zeros(3))
+
+
+def test_attention_batch_of_a_size_that_depends_on_data():
+    """Of which a graph knows nothing, so that nothing may be asked of it."""
+    query, chosen = torch.randn(3, 2, 5, 4), torch.tensor([True, False, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for function in (l1.l1_scores, lambda q, k: l1.l1_attention(q, k, k)):
+
+            def call(x, chosen, function=function):
+                return function(x[chosen], x[:1])
+
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(query, chosen), call(query, chosen), rtol=0, atol=0)

@@ -193,7 +193,8 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
 def integers(name: str, numbers: Any) -> np.ndarray:
     """A tensor, array or sequence of integers, as int64 on the CPU."""
     if is_torch(numbers):
-        given = numbers.detach().cpu().numpy()
+        with sys.modules["torch"]._C._DisableFuncTorch():  # whose transforms would wrap what has numbers
+            given = numbers.detach().cpu().numpy()
     elif is_cupy(numbers):
         given = numbers.get()
     elif isinstance(numbers, Sequence) and not isinstance(numbers, str):

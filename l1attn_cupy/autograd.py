@@ -359,6 +359,9 @@ def l1_scores(
         from . import uncompiled
 
         return uncompiled.forward_mode_or_transforms(l1_scores, query, key, *options)
+    else:  # the operator refuses any other
+        plan.check_not_bool("scale", scale)
+        plan.check_not_bool("eps", eps)
     if key is query and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd Function
         key = query.view_as(query)
     query, key = under_autocast(query, key)

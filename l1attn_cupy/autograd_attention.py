@@ -15,6 +15,7 @@ from . import (
     composition,
     operators_attention,  # noqa: F401  # defines torch.ops.l1attn
     plan_attention,
+    run_attention,
 )
 from .autograd import (
     Differentiable,
@@ -29,7 +30,7 @@ from .autograd import (
     undifferentiated,
 )
 from .operators_attention import Optional
-from .plan_attention import OPTIONAL, AttentionOptions
+from .plan_attention import OPTIONAL, AttentionOptions, Segments
 
 
 @in_both_forms
@@ -155,17 +156,34 @@ def _check(
         plan_attention.attention_backward(call, *(specs[name] for name in saved))
 
 
+def _check_composed(inputs: tuple[Optional, ...], options: AttentionOptions, segments: Segments | None) -> None:
+    """Raise what the operator would, which is not reached; of sizes that are symbols nothing is known yet."""
+    given = dict(zip(("query", "key", "value", "attn_mask"), inputs, strict=True))
+    if any(isinstance(n, torch.SymInt) for array in inputs if array is not None for n in array.shape):
+        return
+    specs = [None if array is None else spec_of(name, array) for name, array in given.items()]
+    run_attention.check_variant(plan_attention.attention(specs, options, segments))
+
+
 def _apply(
-    query: Any, key: Any, value: Any, mask: Any, ends_q: Any, ends_k: Any, options: AttentionOptions, return_lse: bool
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    ends_q: Any,
+    ends_k: Any,
+    options: AttentionOptions,
+    return_lse: bool,
+    segments: Segments | None = None,
 ) -> tuple[torch.Tensor, Optional]:
-    """Through the Function where something must be differentiated, otherwise straight to the operator."""
+    """Through the Function where something must be differentiated, otherwise straight to the operator.
+
+    Forward mode needs the ``segments`` of packed sequences for its checks.
+    """
     query, key, value, mask = under_autocast(query, key, value, mask)
     inputs = (query, key, value, mask, ends_q, ends_k)
-    if torch.compiler.is_compiling() and is_transformed():
-        from . import uncompiled
-
-        return uncompiled.forward_mode_or_transforms(_apply, *inputs, options, return_lse)
     if has_tangents():
+        _check_composed(inputs[:4], options, segments)
         return composition.attention(*inputs, options)
     tracked = torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in inputs[:4])
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, as in self-attention
@@ -182,6 +200,10 @@ def attention(
     query: Any, key: Any, value: Any, mask: Any | None, options: AttentionOptions, return_lse: bool
 ) -> tuple[torch.Tensor, Optional]:
     """`l1attn_cupy.l1_attention` for torch tensors; lse may be None if it is not wanted."""
+    if torch.compiler.is_compiling() and is_transformed():
+        from . import uncompiled
+
+        return uncompiled.forward_mode_or_transforms(attention, query, key, value, mask, options, return_lse)
     if not torch.compiler.is_compiling():
         _check({"query": query, "key": key, "value": value, "attn_mask": mask}, options)
     return _apply(query, key, value, mask, None, None, options, return_lse)
@@ -216,14 +238,22 @@ def attention_varlen(
 ) -> tuple[torch.Tensor, Optional]:
     """`l1attn_cupy.l1_attention_varlen` for torch tensors; lse may be None if it is not wanted."""
     given = {"query": query, "key": key, "value": value}
+    segments = None
+    if torch.compiler.is_compiling() and is_transformed():
+        from . import uncompiled
+
+        ends = cu_seqlens_q, cu_seqlens_k
+        return uncompiled.forward_mode_or_transforms(attention_varlen, *given.values(), *ends, options, return_lse)
     if not torch.compiler.is_compiling():
         for name, array in given.items():
             plan_attention.check_packed(name, spec_of(name, array).shape)
         cu_seqlens_q = arrays.integers("cu_seqlens_q", cu_seqlens_q)
         cu_seqlens_k = arrays.integers("cu_seqlens_k", cu_seqlens_k)
+        if has_tangents():
+            segments = plan_attention.segments(cu_seqlens_q, cu_seqlens_k, len(query), len(key))
     ends_q, ends_k = torch.as_tensor(cu_seqlens_q), torch.as_tensor(cu_seqlens_k)
     q, k, v = (array.swapaxes(0, 1) for array in given.values())
     if not torch.compiler.is_compiling():
         _check({"query": q, "key": k, "value": v, "attn_mask": None}, options)
-    out, lse = _apply(q, k, v, None, ends_q, ends_k, options, return_lse)
+    out, lse = _apply(q, k, v, None, ends_q, ends_k, options, return_lse, segments)
     return out.swapaxes(0, 1), lse

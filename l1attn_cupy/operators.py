@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +68,19 @@ def _scores_jvp(
     return run.scores_jvp(_plan(query, key, options), query, key, *tangents, scores)
 
 
+def broadcast(batches: Sequence[Any], planned: Callable[[], Any]) -> Any:
+    """Batch dimensions as torch broadcasts them, of sizes that depend on data too; errors are those of ``planned``."""
+    try:
+        return torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        return planned()
+
+
 def _fake_scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
     plan.check_matrix("query", tuple(query.shape))
     plan.check_matrix("key", tuple(key.shape))
-    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    shapes = tuple(query.shape), tuple(key.shape)
+    batch = broadcast([shape[:-2] for shape in shapes], lambda: plan.broadcast_batch(*shapes))
     return query.new_empty(*batch, query.shape[-2], key.shape[-2])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import arrays, plan, plan_attention, run_attention
-from .operators import TAGS, as_shaped, library, own_shape, with_batch_first
+from .operators import TAGS, as_shaped, broadcast, library, own_shape, with_batch_first
 from .plan_attention import AttentionOptions, AttentionPlan
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
@@ -36,6 +36,7 @@ def _plan(
     ends_k: Optional,
     options: tuple,
 ) -> AttentionPlan:
+    plan_attention.check_both_ends(ends_q, ends_k)
     segments = None
     if ends_q is not None and ends_k is not None:
         ends = arrays.integers("cu_seqlens_q", ends_q), arrays.integers("cu_seqlens_k", ends_k)
@@ -108,10 +109,16 @@ def _fake_attention(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     own = -3 if options[0] else -2  # with enable_gqa, heads do not broadcast
-    batch = torch.broadcast_shapes(*(array.shape[:own] for array in (query, key, value)))
+    given = {"query": tuple(query.shape), "key": tuple(key.shape), "value": tuple(value.shape)}
+    for name, shape in given.items():
+        plan.check_matrix(name, shape)
+    packed = ends_q is not None
+    shown = {name: plan_attention.as_given(shape, packed) for name, shape in given.items()}
+    batches = [shape[:own] for shape in given.values()]
+    batch = broadcast(batches, lambda: plan_attention.broadcast_batch(batches, shown, packed))
     rows = (*batch, *query.shape[own:-1])
     summed = torch.float64 if query.dtype is torch.float64 else torch.float32
-    shape, packed = (*rows, value.shape[-1]), ends_q is not None
+    shape = (*rows, value.shape[-1])
     softmax = query.new_empty((*rows, 2), dtype=summed)
     rounded = query.dtype not in (torch.float32, torch.float64)
     unrounded = _fake_like(query, shape, packed, summed) if keep and rounded else softmax.new_empty(0)

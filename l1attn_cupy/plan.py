@@ -101,7 +101,7 @@ def cached_scores(
         raise ValueError(f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}")
     check_range(query.dtype, scale, eps)
     options = check_options(score, scale, eps, backend, variant, query.device)
-    return Plan(query, key, _broadcast(query.shape, key.shape), options)
+    return Plan(query, key, broadcast_batch(query.shape, key.shape), options)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -195,10 +195,17 @@ def check_options(
     return Options(score, scale, eps, chosen, variant)
 
 
+def check_not_bool(name: str, value: object) -> None:
+    """Raise for a bool, which an operator would take as a number."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive finite number, got bool {value!r}")
+
+
 def _positive(name: str, value: float) -> float:
     if type(value) is float and 0 < value < math.inf:
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    check_not_bool(name, value)
+    if not isinstance(value, Real):
         raise TypeError(f"{name} must be a positive finite number, got {type(value).__name__} {value!r}")
     try:
         number = float(value)
@@ -235,8 +242,8 @@ def check_same(field: str, requirement: str, query: ArraySpec, other: ArraySpec,
         raise error(f"{name} must {requirement} ({wanted}), got {got}")
 
 
-def _broadcast(query: Shape, key: Shape) -> Shape:
-    """Broadcast batch dimensions, as in `torch.matmul`."""
+def broadcast_batch(query: Shape, key: Shape) -> Shape:
+    """The batch dimensions of the two shapes broadcast, as in `torch.matmul`."""
     try:
         return broadcast_shapes(query[:-2], key[:-2])
     except ValueError:

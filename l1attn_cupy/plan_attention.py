@@ -186,7 +186,7 @@ def _attention(
     for name, spec in arrays.items():
         plan.check_array(name, spec)
         _check_like_query(name, query, spec)
-    given = {name: _given(spec.shape, packed) for name, spec in arrays.items()}
+    given = {name: as_given(spec.shape, packed) for name, spec in arrays.items()}
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"key must have head_dim {query.shape[-1]} to match query {given['query']}, got {given['key']}"
@@ -194,12 +194,15 @@ def _attention(
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have length {key.shape[-2]} to match key {given['key']}, got {given['value']}")
     plan.check_range(query.dtype, options.scale, options.eps)
+    for name, number in (("window_left", options.left), ("window_right", options.right)):
+        if number < UNLIMITED:  # not seen by `option_types` where an operator is called by its name
+            raise ValueError(f"{name} must be a number from 0 on, or -1 for no limit, got {number}")
     checked = plan.check_options(
         options.score, options.scale, options.eps, options.backend, options.variant, query.device
     )
     groups = _groups(query, key, value, given) if options.enable_gqa else None
     heads = [_split_heads(query, *groups), _lone(key), _lone(value)] if groups else [query, key, value]
-    batch = _broadcast(heads, given, packed, 2 if groups else 0)
+    batch = broadcast_batch([spec.shape[:-2] for spec in heads], given, packed, 2 if groups else 0)
     merged = (*batch[:-2], batch[-2] * batch[-1]) if groups else batch
     out_shape = (*merged, query.shape[-2], value.shape[-1])
     if mask is not None:
@@ -228,7 +231,7 @@ def _check_like_query(name: str, query: ArraySpec, spec: ArraySpec, unrounded: s
     plan.check_same("device", "be on query's device", query, spec, name)
 
 
-def _given(shape: Shape, packed: bool) -> Shape:
+def as_given(shape: Shape, packed: bool) -> Shape:
     """The shape as it was given: packed arrays come with heads before lengths."""
     return (shape[1], shape[0], *shape[2:]) if packed else shape
 
@@ -270,12 +273,12 @@ def _lone(spec: ArraySpec) -> ArraySpec:
     )
 
 
-def _broadcast(specs: Sequence[ArraySpec], given: Mapping[str, Shape], packed: bool, of_heads: int) -> Shape:
+def broadcast_batch(batches: Sequence[Shape], given: Mapping[str, Shape], packed: bool, of_heads: int = 0) -> Shape:
     """The batch dimensions of query, key and value broadcast, as in `torch.matmul`; the last ``of_heads`` are heads."""
     batch: Shape = ()
-    for spec, (name, shape) in zip(specs, given.items(), strict=True):
+    for own_batch, (name, shape) in zip(batches, given.items(), strict=True):
         try:
-            batch = plan.broadcast_shapes(batch, spec.shape[:-2])
+            batch = plan.broadcast_shapes(batch, own_batch)
         except ValueError:
             what, own = ("heads", batch[0]) if packed else ("batch dimensions", batch[: len(batch) - of_heads])
             raise ValueError(
@@ -304,17 +307,27 @@ def _as_matrix(mask: ArraySpec) -> ArraySpec:
     return mask._replace(shape=shape, strides=tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True)))
 
 
-def check_dmask(mask: ArraySpec | None, return_dmask: bool) -> None:
-    """Raise where the gradient of a mask is asked for that has none."""
-    if return_dmask and (mask is None or mask.dtype == "bool"):
+def check_dmask(mask: ArraySpec | None, wanted: bool, name: str = "return_dmask") -> None:
+    """Raise where the gradient of a mask is asked for, by the argument ``name``, that has none."""
+    if wanted and (mask is None or mask.dtype == "bool"):
         got = "None" if mask is None else "a bool mask"
-        raise ValueError(f"return_dmask needs an attn_mask that is added to the scores, got {got}")
+        raise ValueError(f"{name} needs an attn_mask that is added to the scores, got {got}")
 
 
 def check_packed(name: str, shape: Shape) -> None:
     """Raise unless ``shape`` is that of packed sequences."""
     if len(shape) != 3:
         raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got {shape}")
+
+
+def check_both_ends(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
+    """Raise where only one of the two is given."""
+    for name, ends, other in (
+        ("cu_seqlens_q", cu_seqlens_q, cu_seqlens_k),
+        ("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q),
+    ):
+        if ends is None and other is not None:
+            raise TypeError(f"{name} must be given where the other lengths are, got None")
 
 
 def segments(cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, total_q: int, total_k: int) -> Segments:
@@ -338,6 +351,18 @@ def segments(cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, total_q: int, t
 
 def _shortened(numbers: np.ndarray) -> str:
     return str(numbers.tolist()) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:8].tolist()))}, ...]"
+
+
+@functools.lru_cache(maxsize=64)
+def check_softmax(call: AttentionPlan, softmax: ArraySpec) -> None:
+    """Raise unless ``softmax`` is as the forward of ``call``, which is without segments, made it."""
+    plan.check_array("softmax", softmax, "(..., query length, 2)")
+    plan.check_same("framework", "come from the same library as query", call.query, softmax, "softmax")
+    plan.check_same("device", "be on query's device", call.query, softmax, "softmax")
+    if softmax.dtype != call.lse_dtype:
+        raise TypeError(f"softmax must have dtype {call.lse_dtype}, got {softmax.dtype}")
+    if softmax.shape != call.softmax_shape:
+        raise ValueError(f"softmax must have the shape {call.softmax_shape}, got {softmax.shape}")
 
 
 @functools.lru_cache(maxsize=64)

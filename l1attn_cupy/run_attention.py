@@ -23,6 +23,15 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module(f".{name}.attention_backend", __package__)
 
 
+def check_variant(call: AttentionPlan) -> None:
+    """Raise, where no kernel is reached, what the choice of one would."""
+    if call.options.variant is not None:
+        from .cuda import registry
+
+        sizes = {"q": call.length_q, "k": call.length_k, "e": call.channels, "v": call.channels_v}
+        registry.choose("attention_forward", call.query.dtype, sizes, call.options.variant)
+
+
 def attention(
     call: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, keep: bool = False
 ) -> tuple[Any, Any, Any | None]:
@@ -52,6 +61,8 @@ def attention_backward(
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Any | None, ...]:
     """The gradients of query, key, value and mask that are needed; out is best not rounded."""
+    plan_attention.check_dmask(call.mask, needed[3], "need_mask")
+    plan_attention.check_softmax(call.without_segments, arrays.describe(softmax))
     check_backward(call, grad_out, out, softmax[..., 0], grad_lse)
     given = {"query": query, "key": key, "value": value, "mask": mask}
     wanted = {

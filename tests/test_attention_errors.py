@@ -10,6 +10,7 @@ import torch
 from test_plan_errors import WRONG_ARRAYS, WRONG_OPTIONS, WRONG_TENSORS
 
 import l1attn_cupy as l1
+import l1attn_cupy.autograd_attention  # registers the operators
 from l1attn_cupy import plan_attention
 
 X = np.zeros((3, 4), np.float32)
@@ -301,3 +302,155 @@ def test_cu_seqlens_of_any_sequence_but_not_of_bools():
     )
     with pytest.raises(TypeError, match="cu_seqlens_q must be one-dimensional and of integers"):
         l1.l1_attention_varlen(x[:1], x[:1], x[:1], [False, True], [0, 1])
+
+
+def by_name(needed=(True, True, True, False), **changed):
+    """Gradients by the name of the operator, some arguments changed; softmax is in float32, of shape (..., L, 2)."""
+    given = {"grad_out": T, "query": T, "key": T, "value": T, "attn_mask": None, "cu_seqlens_q": None}
+    given |= {"cu_seqlens_k": None, "out": T, "softmax": torch.ones(3, 2), "grad_lse": None}
+    options = {"enable_gqa": False, "window_left": -1, "window_right": -1, "score": "inverse", "scale": 1.0}
+    options |= {"eps": 1e-3, "backend": None, "variant": None}
+    needs = dict(zip(("need_query", "need_key", "need_value", "need_mask"), needed, strict=True))
+    return torch.ops.l1attn.attention_backward(**{**given, **needs, **options, **changed})
+
+
+def forward_by_name(**changed):
+    given = {"query": T, "key": T, "value": T, "attn_mask": None, "cu_seqlens_q": None, "cu_seqlens_k": None}
+    options = {"keep": False, "enable_gqa": False, "window_left": -1, "window_right": -1, "score": "inverse"}
+    options |= {"scale": 1.0, "eps": 1e-3, "backend": None, "variant": None}
+    return torch.ops.l1attn.attention(**{**given, **options, **changed})
+
+
+@pytest.mark.parametrize("mask, got", [(None, "None"), (torch.ones(3, 3, dtype=torch.bool), "a bool mask")])
+def test_attention_operator_gradient_of_no_mask(mask, got):
+    """Kernels would write floats into an array of bools, beyond its end."""
+    with pytest.raises(ValueError, match=f"need_mask needs an attn_mask that is added to the scores, got {got}"):
+        by_name(needed=(True,) * 4, attn_mask=mask)
+
+
+SOFTMAX = {
+    "dtype": (torch.ones(3, 2).double(), TypeError, "softmax must have dtype float32, got float64"),
+    "one part": (torch.ones(3, 1), ValueError, "softmax must have the shape (3, 2), got (3, 1)"),
+    "rows": (torch.ones(4, 2), ValueError, "softmax must have the shape (3, 2), got (4, 2)"),
+    "scalar": (torch.ones(()), ValueError, "softmax must have at least 2 dimensions (..., query length, 2), got ()"),
+}
+
+
+@pytest.mark.parametrize("case", SOFTMAX)
+def test_attention_operator_wrong_softmax(case):
+    """Of another dtype or shape it would be read beyond its end."""
+    wrong, error, message = SOFTMAX[case]
+    with pytest.raises(error, match=re.escape(message)):
+        by_name(softmax=wrong)
+
+
+@pytest.mark.parametrize("call", [forward_by_name, by_name])
+def test_attention_operator_lengths_of_one_side(call):
+    packed = dict.fromkeys(("query", "key", "value"), T[None])
+    ends = torch.tensor([0, 3])
+    for name, missing in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens_q")):
+        with pytest.raises(TypeError, match=f"{missing} must be given where the other lengths are, got None"):
+            call(**packed, **{name: ends})
+
+
+@pytest.mark.parametrize("call", [forward_by_name, by_name])
+@pytest.mark.parametrize("name", ["window_left", "window_right"])
+def test_attention_operator_wrong_window(name, call):
+    with pytest.raises(ValueError, match=f"{name} must be a number from 0 on, or -1 for no limit, got -3"):
+        call(**{name: -3})
+
+
+def in_forward_mode(call, query):
+    return torch.func.jvp(call, (query,), (torch.ones_like(query),))
+
+
+FORWARD_MODE = {
+    "mask of integers": ({"attn_mask": torch.ones(3, 3).int()}, "attn_mask must be bool or have query's dtype"),
+    "mask of another float": ({"attn_mask": torch.ones(3, 3).double()}, "attn_mask must be bool or have query's"),
+    "key of another dtype": ({"key": T.double()}, "key must have query's dtype"),
+    "value of another dtype": ({"value": T.double()}, "value must have query's dtype"),
+    "one value": ({"value": T[:1]}, "value must have length 3 to match key"),
+    "variant on cpu": ({"variant": "x"}, "variant must be None on the cpu backend"),
+    "variant": ({"variant": "x", "backend": "emulator"}, "variant must be None or one of .* for attention_forward"),
+}
+
+
+@pytest.mark.parametrize("case", FORWARD_MODE)
+def test_attention_forward_mode_wrong_argument(case):
+    """It is composed of other operations, to which these would be right."""
+    changed, message = FORWARD_MODE[case]
+    given = {"key": T, "value": T, **changed}
+    with pytest.raises((TypeError, ValueError), match=message):
+        in_forward_mode(lambda query: l1.l1_attention(query, **given), T)
+    with pytest.raises((TypeError, ValueError), match=message):  # the same as without tangents
+        l1.l1_attention(T, **given)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_attention_forward_mode_wrong_value(case):
+    change, message = WRONG[case]
+    given = {"query": T, "key": T, "value": T, **change(T)}
+    query = given.pop("query")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        in_forward_mode(lambda query: l1.l1_attention(query, **given), query)
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_varlen_forward_mode_wrong_lengths(case):
+    ends_q, ends_k, message = PACKED[case]
+    packed = T[:, None]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        in_forward_mode(lambda query: l1.l1_attention_varlen(query, packed, packed, ends_q, ends_k), packed)
+
+
+def test_varlen_forward_mode_messages_show_the_shapes_that_were_given():
+    key, value, message = VARLEN_SHAPES["heads"]
+    key, value = zeros(T, *key), zeros(T, *value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        in_forward_mode(lambda query: l1.l1_attention_varlen(query, key, value, [0, 9], [0, 9]), zeros(T, 9, 2, 4))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_batch_that_does_not_broadcast_in_a_compiled_graph(shared, dynamic):
+    """Sizes may be symbols there."""
+    query, key = (
+        (zeros(T, 2, 4, 5, 4), zeros(T, 3, 2, 7, 4)) if shared else (zeros(T, 2, 3, 5, 4), zeros(T, 2, 2, 7, 4))
+    )
+
+    def call(q, k):
+        return l1.l1_attention(q, k, k, enable_gqa=shared)
+
+    call = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with pytest.raises(Exception, match=r"key must have batch dimensions that broadcast with .* to match query \("):
+        call(query, key)
+
+
+def test_varlen_heads_that_do_not_broadcast_in_a_compiled_graph():
+    key, value, message = VARLEN_SHAPES["heads"]
+    given = zeros(T, 9, 2, 4), zeros(T, *key), zeros(T, *value)
+    ends = torch.tensor([0, 9])
+    call = torch.compile(l1.l1_attention_varlen, fullgraph=True, backend="aot_eager", dynamic=False)
+    with pytest.raises(Exception, match=re.escape(message)):
+        call(*given, ends, ends)
+
+
+def test_attention_vector_in_a_compiled_graph():
+    call = torch.compile(l1.l1_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(
+        Exception, match=r"value must have at least 2 dimensions \(\.\.\., length, head_dim\), got \(3,\)"
+    ):
+        call(T, T, torch.zeros(3))
+
+
+def test_attention_batch_of_a_size_that_depends_on_data():
+    """Of which a graph knows nothing, so that nothing may be asked of it."""
+    query, chosen = torch.randn(3, 2, 5, 4), torch.tensor([True, False, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for function in (l1.l1_scores, lambda q, k: l1.l1_attention(q, k, k)):
+
+            def call(x, chosen, function=function):
+                return function(x[chosen], x[:1])
+
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(query, chosen), call(query, chosen), rtol=0, atol=0)

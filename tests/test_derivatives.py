@@ -239,6 +239,16 @@ def test_attention_second_varlen():
     assert gradcheck(call, leaves((5, 2, 3), (4, 2, 3), (4, 2, 2)), check_forward_ad=True, fast_mode=True)
 
 
+def test_attention_forward_mode_varlen_lengths_in_a_tensor():
+    """torch.func would wrap a copy of them, whose numbers nobody can read."""
+    query, key = constants((5, 2, 3), (5, 2, 3))
+
+    def tangent(ends):
+        return torch.func.jvp(lambda q: l1.l1_attention_varlen(q, key, key, ends, ends), (query,), (key,))[1]
+
+    assert_identical(tangent(torch.tensor([0, 2, 5])), tangent([0, 2, 5]))
+
+
 def test_attention_third():
     def gradient(*given):
         return torch.autograd.grad(l1.l1_attention(*given, eps=0.1).pow(2).sum(), given, create_graph=True)

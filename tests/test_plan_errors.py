@@ -348,3 +348,18 @@ def test_vector_in_a_compiled_graph():
         Exception, match=r"query must have at least 2 dimensions \(\.\.\., length, head_dim\), got \(3,\)"
     ):
         call(torch.zeros(3))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_batch_that_does_not_broadcast_in_a_compiled_graph(dynamic):
+    """Sizes may be symbols there."""
+    query, key = torch.zeros(2, 3, 5, 4), torch.zeros(2, 2, 7, 4)
+    call = torch.compile(l1.l1_scores, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with pytest.raises(Exception, match=r"key must have batch dimensions that broadcast with .* to match query \("):
+        call(query, key)
+
+
+def test_scale_of_bool_in_a_compiled_graph():
+    call = torch.compile(lambda x: l1.l1_scores(x, x, scale=True), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="scale must be a positive finite number, got bool True"):
+        call(torch.zeros(2, 3))

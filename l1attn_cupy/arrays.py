@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .plan import ArraySpec, Shape
+from .plan import ArraySpec, Shape, check_dense
 
 
 def is_torch(array: Any) -> bool:
@@ -193,18 +193,28 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
 def integers(name: str, numbers: Any) -> np.ndarray:
     """A tensor, array or sequence of integers, as int64 on the CPU."""
     if is_torch(numbers):
+        check_dense(name, describe(numbers))
         with sys.modules["torch"]._C._DisableFuncTorch():  # whose transforms would wrap what has numbers
             given = numbers.detach().cpu().numpy()
     elif is_cupy(numbers):
         given = numbers.get()
     elif isinstance(numbers, Sequence) and not isinstance(numbers, str):
         whole = all(type(n) is int or isinstance(n, Integral) for n in numbers)
-        given = np.array(numbers, np.int64 if whole and bool not in map(type, numbers) else object)
+        try:
+            given = np.array(numbers, np.int64 if whole and bool not in map(type, numbers) else object)
+        except OverflowError:
+            raise _beyond_int64(name, max(numbers, key=abs)) from None
     else:
         given = np.asarray(numbers)
     if given.ndim != 1 or given.dtype.kind not in "iu":
         raise TypeError(f"{name} must be one-dimensional and of integers, got {numbers!r}")
+    if given.dtype == np.uint64 and given.size and int(given.max()) >= 2**63:
+        raise _beyond_int64(name, given.max())
     return given.astype(np.int64)
+
+
+def _beyond_int64(name: str, number: Any) -> ValueError:
+    return ValueError(f"{name} must have numbers that int64 holds, got {number}")
 
 
 def _device_of(array: Any) -> contextlib.AbstractContextManager:

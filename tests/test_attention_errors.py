@@ -414,9 +414,8 @@ def test_varlen_forward_mode_messages_show_the_shapes_that_were_given():
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_batch_that_does_not_broadcast_in_a_compiled_graph(shared, dynamic):
     """Sizes may be symbols there."""
-    query, key = (
-        (zeros(T, 2, 4, 5, 4), zeros(T, 3, 2, 7, 4)) if shared else (zeros(T, 2, 3, 5, 4), zeros(T, 2, 2, 7, 4))
-    )
+    shapes = ((2, 4, 5, 4), (3, 2, 7, 4)) if shared else ((2, 3, 5, 4), (2, 2, 7, 4))
+    query, key = (zeros(T, *shape) for shape in shapes)
 
     def call(q, k):
         return l1.l1_attention(q, k, k, enable_gqa=shared)
@@ -454,3 +453,27 @@ def test_attention_batch_of_a_size_that_depends_on_data():
 
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(query, chosen), call(query, chosen), rtol=0, atol=0)
+
+
+TOO_LARGE = {
+    "uint64": (np.array([0, 2**63 + 3], np.uint64), 2**63 + 3),
+    "list": ([0, 2**70], 2**70),
+    "negative": ([-(2**70), 3], -(2**70)),
+}
+
+
+@LIBRARIES
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_varlen_lengths_beyond_int64(case, x):
+    ends, number = TOO_LARGE[case]
+    with pytest.raises(ValueError, match=f"cu_seqlens_k must have numbers that int64 holds, got {number}"):
+        l1.l1_attention_varlen(x[:, None], x[:, None], x[:, None], [0, 3], ends)
+
+
+def test_varlen_lengths_without_data():
+    for wrong, message in (
+        (torch.tensor([0, 3], device="meta"), "cu_seqlens_q must hold data, got a tensor on the meta device"),
+        (torch.tensor([0, 3]).to_sparse(), "cu_seqlens_q must be a dense array, got a sparse_coo one"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            l1.l1_attention_varlen(T[:, None], T[:, None], T[:, None], wrong, [0, 3])

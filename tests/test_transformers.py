@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import sys
 import types
 
@@ -408,6 +409,27 @@ def test_check_of_a_compiled_model(in_place):
         model.compile(backend="eager")
     with pytest.raises(ValueError, match=r"model must not be compiled, got .*: count calls before torch.compile"):
         integration.check(model if in_place else compiled, tokens(1, 5))
+
+
+@pytest.mark.parametrize("wrong", [None, "m"], ids=repr)
+def test_check_of_what_is_no_module(wrong):
+    message = re.escape(f"model must be a torch.nn.Module, got {type(wrong).__name__} {wrong!r}")
+    with pytest.raises(TypeError, match=message):
+        integration.check(wrong, tokens(1, 5))
+    with pytest.raises(TypeError, match=message), integration.count_calls(wrong):
+        pass
+
+
+def test_check_of_a_module_of_another_library():
+    with pytest.raises(TypeError, match=r"model must be a transformers model, .* got Linear, without a config"):
+        integration.check(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_check_of_a_module_that_holds_a_model():
+    layers = {f"0.model.layers.{i}.self_attn": 1 for i in (0, 1)}
+    assert integration.check(torch.nn.Sequential(make("llama")), tokens(1, 5)) == layers
+    with pytest.raises(ValueError, match=r"got Sequential with attn_implementation=None, .* 2 ran without: 0.model"):
+        integration.check(torch.nn.Sequential(make("llama", "sdpa")), tokens(1, 5))
 
 
 def test_check_leaves_nothing_behind():

@@ -110,6 +110,8 @@ def check(model: Any, *args: Any, **inputs: Any) -> dict[str, int]:
 
     Raises
     ------
+    TypeError
+        ``model`` is no such model.
     ValueError
         No module called L1 attention, or one that has "Attention" in the name of its class ran and did not. Models such
         as Bloom and XLNet take any ``attn_implementation`` and go on with their own. Or ``model`` is compiled.
@@ -119,12 +121,18 @@ def check(model: Any, *args: Any, **inputs: Any) -> dict[str, int]:
     with torch.no_grad(), count_calls(model) as calls:
         model(*args, **inputs)
     other = [module for module, n in calls.items() if n == 0]
+    if not calls and not hasattr(model, "config"):
+        raise TypeError(
+            "model must be a transformers model, or a torch.nn.Module that holds one, "
+            f"got {type(model).__name__}, without a config and without attention"
+        )
     if other or not calls:
+        implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
         kinds = {name: type(module).__name__ for name, module in model.named_modules()}
         shown = [f"{module} ({kinds[module]})" for module in other[:3]] + ["..."] * (len(other) > 3)
         raise ValueError(
             f"model must use L1 attention in every attention module, got {type(model).__name__} with "
-            f"attn_implementation={model.config._attn_implementation!r}, in which {sum(map(bool, calls.values()))} "
+            f"attn_implementation={implementation!r}, in which {sum(map(bool, calls.values()))} "
             f"modules called it and {len(other)} ran without: {', '.join(shown) or 'no attention module was found'}"
         )
     return calls
@@ -148,9 +156,13 @@ def count_calls(model: torch.nn.Module) -> Iterator[dict[str, int]]:
 
     Raises
     ------
+    TypeError
+        ``model`` is not a module.
     ValueError
         ``model`` is compiled.
     """
+    if not isinstance(model, importlib.import_module("torch").nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r}")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(f"model must not be compiled, got {type(model).__name__}: count calls before torch.compile")
     names = {module: name for name, module in model.named_modules()}

@@ -16,7 +16,7 @@ BEGIN, END = "<!-- bench.py --markdown: begin -->\n", "<!-- bench.py --markdown:
 
 SCORES = ["`l1_scores`: (B, L, S, E)", "dtype", "pass", "ms", "1e9 terms/s", "of the limit", "times as long"]
 ATTENTION = ["`l1_attention`: (B, L, S, E)", "dtype", "pass", "ms", "times as long"]
-NAMED = ("torch", "numba", "cupy-cuda12x", "cupy-cuda13x")  # versions in a heading
+NAMED = {"cpu": ("torch", "numba"), "cuda": ("torch", "cupy-cuda12x", "cupy-cuda13x")}  # versions in a heading
 
 
 def write() -> None:
@@ -33,7 +33,8 @@ def tables() -> str:
 def _parts(file: Path) -> Iterator[str]:
     found = json.loads(file.read_text())
     found = found.get("bench", found)
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name in NAMED)
+    named = NAMED["cuda" if found["device"].startswith("NVIDIA") else "cpu"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name in named)
     yield f"{found['device']}, {versions}, [{file.name}](benchmarks/{file.name}):"
     if lines := list(_scores(found.get("rows", []))):
         yield _table(SCORES, lines)
@@ -57,7 +58,7 @@ def _scores(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
             if other["median"] and OURS not in other["peer"] and [other[k] for k in ("shape", "dtype", "op")] == case
         ]
         name = f'{row["op"]}, `variant="half2"`' if row["peer"] != OURS else row["op"]
-        share = percent(row["share_of_limit"])
+        share = percent(row["share_by_core_time"] or row["share_of_limit"])
         figures = [number(row["milliseconds"]), number(row["median"]), share]
         yield [f"({', '.join(map(str, row['shape']))})", row["dtype"], name, *figures, ", ".join(peers) or "-"]
 

@@ -4,6 +4,7 @@
 // Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  out (B,L,V)  softmax (B,L,2); strides in elements, int64
 // Tiling    one query and BLOCK_V channels of v per block; keys in tiles of BLOCK_K, a warp per score, then a thread per
 //           channel. Online softmax: what was summed so far is scaled down when a larger score comes
+//           With p.splits > 1 a block takes a share of the keys, and attention_merge joins them: see struct Split
 // Cost      2*B*L*S*E adds and B*L*S*V multiply-adds, the scores again for every BLOCK_V channels; memory linear in L
 // Delta     nothing is reused between queries: the one to read first
 //

@@ -4,6 +4,7 @@
 // Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  out (B,L,V)  softmax (B,L,2); strides in elements, int64
 // Tiling    BLOCK_Q queries and BLOCK_V channels of v per block; keys in tiles of TILE_K, their scores as in
 //           scores_forward_tiled.cu, E in chunks of BLOCK_E; then v in parts of TILE_V keys
+//           With p.splits > 1 a block takes a share of the keys, and attention_merge joins them: see struct Split
 // Cost      2*B*L*S*E adds and B*L*S*V multiply-adds, the scores again for every BLOCK_V channels; memory linear in L
 // Delta     like attention_forward_gather.cu, but scores, weights and sums of a tile of queries are shared and reused, and
 //           with 16-bit numbers tensor cores (from sm_80 on) form p @ v. Tiles that causality or the window rules out

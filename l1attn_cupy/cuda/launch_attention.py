@@ -122,9 +122,9 @@ def _forward(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, Arra
     count = _splits(_generation, plan)
     args["splits"] = count
     if count > 1:
-        _fill_parts(args, plan, count)
+        _fill_parts(args, plan)
     places = {**_offsets(_FORWARD, "a", _SHARED), "out": _offset(_FORWARD, "out")}
-    return _launch(variant, plan, args, _blocks(plan, variant) * int(args["splits"]), places.items())
+    return _launch(variant, plan, args, _blocks(plan, variant) * count, places.items())
 
 
 def _blocks(plan: AttentionPlan, variant: Variant) -> int:
@@ -143,9 +143,9 @@ def _splits(_generation: int, plan: AttentionPlan) -> int:
     return max(1, min(SPLIT_BLOCKS // _blocks(plan, variant), -(-keys // SPLIT_KEYS)))
 
 
-def _fill_parts(args: np.ndarray, plan: AttentionPlan, count: int) -> None:
+def _fill_parts(args: np.ndarray, plan: AttentionPlan) -> None:
     """That out and softmax are the parts: unrounded, one split after the other."""
-    args["splits"], args["unrounded"] = count, True
+    args["unrounded"] = True
     for name, spec in parts(plan).items():
         args[f"{name}_split"] = math.prod(spec.shape)
 
@@ -161,7 +161,8 @@ def _merge(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArrayS
     written = {name: (args, name) for name in ("out", "softmax")}
     _fill_batch(args["parts"]["a"], plan, known, {**given, **written}, range(len(plan.batch)))
     _fill_attention(args["parts"]["a"], plan, known)
-    _fill_parts(args["parts"], plan, count)
+    args["parts"]["splits"] = count
+    _fill_parts(args["parts"], plan)
     args["unrounded"] = known["out"].dtype != plan.query.dtype
     args["shares"] = _SHARES if count > 2 * _SHARES else 1
     warps = math.prod(plan.batch) * plan.length_q * max(1, _tiles(plan.channels_v, variant, "BLOCK_V"))

@@ -215,10 +215,7 @@ class Expected:
     @functools.cached_property
     def _orders(self) -> list[_Order]:
         sizes = (self.query.shape[-2], self.key.shape[-2], self.query.shape[-1])
-        generator = torch.Generator().manual_seed(0)
-        given = _Order(*(torch.arange(n) for n in sizes))
-        rest = (_Order(*(torch.randperm(n, generator=generator) for n in sizes)) for _ in range(ORDERS - 1))
-        return [given, *rest]
+        return [_Order(*order) for order in orders(*sizes)]
 
     def _naive_scores(self, order: _Order) -> torch.Tensor:
         query, key = order.query(self.query), order.key(self.key)
@@ -322,6 +319,13 @@ def _relative(result: torch.Tensor, exact: torch.Tensor, size: torch.Tensor) -> 
     fine = (difference == 0) | ~result.isfinite()
     relative = difference.div_(size).masked_fill_(fine, 0.0)
     return relative.max().item() if relative.numel() else 0.0
+
+
+def orders(*sizes: int) -> list[list[torch.Tensor]]:
+    """`ORDERS` times an order of as many numbers as each size says: first the given one, then random ones."""
+    generator = torch.Generator().manual_seed(0)
+    rest = [[torch.randperm(n, generator=generator) for n in sizes] for _ in range(ORDERS - 1)]
+    return [[torch.arange(n) for n in sizes], *rest]
 
 
 def _bound(naive: Sequence[float], dtype: torch.dtype) -> float:

@@ -236,10 +236,7 @@ class ExpectedAttention:
     @property
     def _orders(self) -> list[_Order]:
         sizes = (self.query.shape[-2], *self.key.shape[-2:], self.value.shape[-1])
-        generator = torch.Generator().manual_seed(0)
-        given = _Order(*(torch.arange(n) for n in sizes))
-        rest = (_Order(*(torch.randperm(n, generator=generator) for n in sizes)) for _ in range(testing.ORDERS - 1))
-        return [given, *rest]
+        return [_Order(*order) for order in testing.orders(*sizes)]
 
     def _leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Query, key, value and a mask that is added, in ``dtype``."""

@@ -48,6 +48,18 @@ class Size:
     layer_norm: bool
 
 
+@dataclass(frozen=True)
+class Training:
+    """One training run, as far as the demonstrations have it in common."""
+
+    attention: str
+    seed: int
+    size: Size
+    steps: int
+    batch_size: int
+    lr: float
+
+
 class Block(nn.Module):
     """Pre-norm transformer block; where `size` has no LayerNorm, the norms are left out."""
 

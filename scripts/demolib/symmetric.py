@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .model import Blocks, Size
+from .model import Blocks, Size, Training
 from .runs import Report
 
 TOKENS, SYMBOLS, SCALES = 16, 10, 4
@@ -19,15 +19,8 @@ SMOOTHING = 0.99  # share of the past in the running mean of the loss, as in the
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Training):
     """One training run."""
-
-    attention: str
-    seed: int
-    size: Size
-    steps: int
-    batch_size: int
-    lr: float
 
 
 @dataclass

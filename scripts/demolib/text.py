@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .model import Blocks, Size, count_parameters
+from .model import Blocks, Size, Training, count_parameters
 from .runs import Report
 
 #: Newline, the printable ASCII characters, and one sign for all others.
@@ -23,15 +23,9 @@ LONGEST_CONTEXT = 4096  # the held-out text must fill a few windows
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Training):
     """One training run."""
 
-    attention: str
-    seed: int
-    size: Size
-    steps: int
-    batch_size: int
-    lr: float
     context: int  # characters that the model sees
     sample: int  # characters to write after training
 

@@ -140,3 +140,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{config.stash[gpu_left_out_key]} gpu tests not run: {why_no_gpu()}")
     executed = config.stash[executed_key] + _kernels_executed()
     terminalreporter.section(f"kernels executed by the emulator: {executed}")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of the user's own kernels."""
+    monkeypatch.setenv("L1ATTN_KERNELS", str(tmp_path))
+    return tmp_path

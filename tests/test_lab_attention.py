@@ -15,13 +15,6 @@ FORWARD = registry.packaged_folder() / "attention_forward_gather.cu"
 BACKWARD = registry.packaged_folder() / "attention_backward_gather.cu"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder of the user's own kernels."""
-    monkeypatch.setenv("L1ATTN_KERNELS", str(tmp_path))
-    return tmp_path
-
-
 def test_try_attention_right(capsys, folder):
     """Every line of the file: those for few queries get few."""
     status, text = lab(capsys, "try", damaged(folder, "attention_forward_mine.cu", file=FORWARD, dtypes="f32"))

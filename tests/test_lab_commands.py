@@ -22,13 +22,6 @@ NAME = "scores_forward_mine.cu"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder of the user's own kernels."""
-    monkeypatch.setenv("L1ATTN_KERNELS", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
 def no_tools(monkeypatch):
     """A machine where nothing can be disassembled."""
 

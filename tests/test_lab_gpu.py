@@ -14,13 +14,6 @@ NAME = "scores_forward_mine.cu"
 DELTA = ("Delta     nothing", "Delta     like scores_forward_gather.cu: nothing")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder of the user's own kernels."""
-    monkeypatch.setenv("L1ATTN_KERNELS", str(tmp_path))
-    return tmp_path
-
-
 def test_try_times_a_right_kernel(capsys, folder):
     """Beside the one it was copied from, of the same speed, and the default; each as a share of the limit."""
     status, text = lab(capsys, "try", damaged(folder, NAME, DELTA), "--shape", "8x512x512x64")

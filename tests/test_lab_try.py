@@ -22,13 +22,6 @@ STORE = "out[j0 + column] = to_scalar(result[0]);"
 BARRIER = "    __syncthreads();  // the distances come from all warps; they leave together, coalesced"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder of the user's own kernels."""
-    monkeypatch.setenv("L1ATTN_KERNELS", str(tmp_path))
-    return tmp_path
-
-
 def test_try_right(capsys, folder):
     """A copy of a good kernel: what it runs on, every dtype right, machine code beside that of the origin."""
     file = damaged(folder, NAME, dtypes="f32,f64")

@@ -21,13 +21,6 @@ GOOD = "op=scores_forward dtypes=f32 BLOCK_Q=1 BLOCK_K=32 THREADS=256"
 QUERY, KEY = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((5, 7), (9, 7)))
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder of the user's own kernels."""
-    monkeypatch.setenv("L1ATTN_KERNELS", str(tmp_path))
-    return tmp_path
-
-
 def emulate(variant=None):
     return l1.l1_scores(QUERY, KEY, backend="emulator", variant=variant)
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchlib import report
 from benchlib.limit_cuda import CudaLimit
-from benchlib.peers import EPS, OURS, Unavailable, import_ours
+from benchlib.peers import EPS, OURS, Unavailable, import_ours, with_inductor
 from benchlib.probe import in_fresh_process
 from benchlib.settings import Settings
 from benchlib.timing import CpuClock, CudaClock
@@ -24,6 +25,8 @@ CAUSAL_SHAPE = (1, 4096, 4096, 64)
 DECODE_SHAPES = ((1, 1, 65536, 64), (32, 1, 65536, 64))
 LIMIT_SAMPLES = 9
 LONGEST_S = 20.0  # of one peer; at least two rounds
+
+DOT, DOT_CUDNN = "dot product", "dot product by cuDNN"
 
 Function = Callable[[Any, Any, Any], Any]
 
@@ -59,17 +62,31 @@ def keops() -> Function:
     return function
 
 
+def dot_product(*backends: Any) -> Function:
+    """torch's own attention; heads in a dimension of their own, as its fused kernels take nothing else.
+
+    It chooses among its kernels by itself, or among ``backends``.
+    """
+
+    def function(query: Any, key: Any, value: Any) -> Any:
+        chosen = sdpa_kernel(list(backends)) if backends else contextlib.nullcontext()
+        with chosen:
+            return torch.nn.functional.scaled_dot_product_attention(query[None], key[None], value[None])[0]
+
+    return function
+
+
 def makers(settings: Settings) -> dict[str, Callable[[], Function]]:
     """The contenders among the peers asked for; dot-product attention is not one, but what L1 costs more than."""
     l1 = import_ours()
     found: dict[str, Callable[[], Function]] = {
         OURS: lambda: lambda q, k, v: l1.l1_attention(q, k, v, eps=EPS),
         "cdist": lambda: cdist,
-        "compile": lambda: torch.compile(naive, fullgraph=True, dynamic=False),
+        "compile": lambda: with_inductor(naive, settings.device),
         "keops": keops,
     }
     chosen = {name: make for name, make in found.items() if name in settings.peers}
-    return chosen | {"dot product": lambda: torch.nn.functional.scaled_dot_product_attention}
+    return chosen | {DOT: dot_product}
 
 
 def inputs(shape: tuple[int, int, int, int], device: str) -> list[Any]:
@@ -95,9 +112,14 @@ def check(function: Function, query: Any, key: Any, value: Any) -> None:
         raise WrongResult(f"off by {error:.1e}, bound {bound:.1e}")
 
 
+def clock_of(settings: Settings) -> Any:
+    """The device's."""
+    return CudaClock() if settings.cuda else CpuClock()
+
+
 def time_interleaved(steps: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, list[float]]:
     """Milliseconds of each step in every round; all in turn, so that a busy moment hits all alike."""
-    clock: Any = CudaClock() if settings.cuda else CpuClock()
+    clock = clock_of(settings)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(settings.rounds):
         for name, step in steps.items():
@@ -129,7 +151,7 @@ def contest(settings: Settings) -> tuple[list[list[object]], list[dict[str, Any]
     for name, make in makers(settings).items():
         try:
             functions[name] = make()
-            if name != "dot product":
+            if name != DOT:
                 check(functions[name], *arrays[:3])
         except Exception as error:  # a line that says why, not the end of the run
             functions.pop(name, None)
@@ -141,8 +163,9 @@ def contest(settings: Settings) -> tuple[list[list[object]], list[dict[str, Any]
             steps["scores alone"] = lambda: l1.l1_scores(*arrays[:2], eps=EPS)
         if settings.cuda:
             halves = [x.bfloat16() for x in arrays]
-            for name in sorted({OURS, "dot product"} & functions.keys()):
-                steps[f"{name}, bfloat16"] = step_of(functions[name], halves, op != "forward")
+            known = functions | {DOT_CUDNN: dot_product(SDPBackend.CUDNN_ATTENTION)}  # which takes 16-bit inputs only
+            for name in sorted({OURS, DOT, DOT_CUDNN} & known.keys()):
+                steps[f"{name}, bfloat16"] = step_of(known[name], halves, op != "forward")
         for name, step in list(steps.items()):
             try:
                 step()
@@ -168,10 +191,10 @@ def share_of_limit(milliseconds: float) -> dict[str, float]:
     return {"1e9 terms/s": terms, "limit, 1e9 terms/s": fastest, "share": terms / fastest}
 
 
-def decode(settings: Settings) -> list[list[object]]:
-    """One query against many keys: what is read is key and value, once."""
-    l1 = import_ours()
-    lines: list[list[object]] = []
+def decode(settings: Settings) -> list[dict[str, Any]]:
+    """One query against many keys: what is read is key and value, once. A copy reads, and writes as much."""
+    l1, clock = import_ours(), clock_of(settings)
+    records: list[dict[str, Any]] = []
     for shape in DECODE_SHAPES[:1] if settings.quick else DECODE_SHAPES:
         query, key, value, _ = inputs(shape, settings.device)
 
@@ -179,11 +202,24 @@ def decode(settings: Settings) -> list[list[object]]:
             return l1.l1_attention(*given, eps=EPS)
 
         step()
+        before = clock.copy_bandwidth()
         series = time_interleaved({OURS: step}, settings)[OURS]
-        median, spread = statistics.median(series), report.spread(min(series), max(series))
-        bytes_read = 4 * (key.numel() + value.numel())
-        lines.append([str(shape), report.number(median), spread, report.number(bytes_read / median / 1e6), ""])
-    return lines
+        copy, median = max(before, clock.copy_bandwidth()), statistics.median(series)
+        rate = (key.nbytes + value.nbytes) / median * 1e3
+        record = {"shape": shape, "ms": median, "low": min(series), "high": max(series)}
+        records.append({**record, "GB/s": rate / 1e9, "copy, GB/s": copy / 1e9, "share": rate / copy})
+    return records
+
+
+def print_decode(records: list[dict[str, Any]]) -> None:
+    """The table, and what its shares are of."""
+    print("\nAttention of ours, one query, float32: key and value are read once; a copy reads and writes")
+    lines = []
+    for r in records:
+        figures = [report.number(r["ms"]), report.spread(r["low"], r["high"])]
+        rates = [report.number(r["GB/s"]), report.number(r["copy, GB/s"]), report.percent(r["share"])]
+        lines.append([str(r["shape"]), *figures, *rates, ""])
+    print(report.table(["shape", "ms", "min..max", "GB/s", "a copy's", "share", ""], lines), flush=True)
 
 
 def causal(settings: Settings) -> list[list[object]]:
@@ -216,8 +252,7 @@ def attention(settings: Settings) -> dict[str, Any]:
     if share:
         print("Forward of ours, terms of the scores: " + ", ".join(f"{name} {x:.3g}" for name, x in share.items()))
     decoded = decode(settings)
-    print("\nAttention of ours, one query, float32")
-    print(report.table(["shape", "ms", "min..max", "GB/s", ""], decoded), flush=True)
+    print_decode(decoded)
     saved = causal(settings)
     print(f"\nAttention of ours, {CAUSAL_SHAPE} float32, ms")
     print(report.table(["op", "full", "causal", "faster by", ""], saved), flush=True)

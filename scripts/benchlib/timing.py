@@ -16,6 +16,7 @@ from l1attn_cupy.lab import gpu
 
 SHORTEST_SAMPLE_S = 0.1
 FEWEST_ROUNDS = 3
+COPY_BYTES = 256 << 20  # beyond every cache
 LONGEST_S = 10.0  # a peer that has taken this long stops even before FEWEST_ROUNDS
 
 
@@ -45,6 +46,16 @@ class CpuClock:
 
     def between(self, start: Elapsed, end: Elapsed) -> Elapsed:
         return Elapsed(end.wall - start.wall, end.core - start.core)
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second, read and written together, of a copy by torch on all threads: the best of five."""
+        source, target = (torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
+        times = []
+        for _ in range(5):
+            start = self.stamp()
+            target.copy_(source)
+            times.append(self.between(start, self.stamp()).wall)
+        return 2 * COPY_BYTES / min(times)
 
 
 class CudaClock(gpu.CudaClock):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,24 +131,111 @@ def compiled(case: Case, device: str) -> Peer:
     return Peer("compile", function, "dynamic shapes" if dynamic else "")
 
 
+def on_all_threads(distances: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any], Any]:
+    """(query, key) -> scores in NumPy's float64; ``distances`` fills those of a head, each thread has its heads.
+
+    SciPy's loops run without the GIL, on one core; one head after another would leave the other cores idle.
+    """
+    import numpy as np
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads)
+
+    def part(query: Any, key: Any, out: Any) -> None:
+        for q, k, o in zip(query, key, out, strict=True):
+            distances(q, k, o)
+        out += EPS
+        np.reciprocal(out, out=out)
+
+    def scores(query: Any, key: Any) -> Any:
+        out = np.empty((len(query), query.shape[1], key.shape[1]))
+        parts = [np.array_split(x, min(threads, len(query))) for x in (query, key, out)]
+        list(pool.map(part, *parts))
+        return out
+
+    return scores
+
+
+def host_peer(name: str, distances: Callable[[Any, Any, Any], None], device: str) -> Peer:
+    """One that has no GPU path and no gradient."""
+    if device != "cpu":
+        raise Unavailable(f"{name} has no GPU path")
+    note = "float64, heads on all threads, no gradient"
+    scores = on_all_threads(distances)
+    return Peer(name, scores, note, ("forward",), prepare=lambda x: x.double().numpy(), differentiable=False)
+
+
 def scipy_cdist(case: Case, device: str) -> Peer:
-    """SciPy's cityblock distance, head by head, on inputs converted to float64 beforehand."""
+    """SciPy's cityblock distance, on inputs converted to float64 beforehand."""
     try:
         from scipy.spatial.distance import cdist as scipy_distance
     except ImportError as error:
         raise Unavailable("SciPy is missing: pip install 'l1attn_cupy[bench]'") from error
-    if device != "cpu":
-        raise Unavailable("SciPy has no GPU path")
-    import numpy as np
 
-    def scores(q: Any, k: Any) -> Any:
-        return np.stack([1.0 / (EPS + scipy_distance(a, b, "cityblock")) for a, b in zip(q, k, strict=True)])
+    def distances(q: Any, k: Any, out: Any) -> None:
+        scipy_distance(q, k, "cityblock", out=out)
 
-    def prepare(tensor: Any) -> Any:
-        return tensor.double().numpy()
+    return host_peer("scipy", distances, device)
 
-    note = "float64, one thread, no gradient"
-    return Peer("scipy", scores, note, ("forward",), prepare=prepare, differentiable=False)
+
+def sklearn_manhattan(case: Case, device: str) -> Peer:
+    """scikit-learn's, which for dense arrays is SciPy's after checks of its own.
+
+    Its DistanceMetric takes float32, but is slower.
+    """
+    try:
+        from sklearn.metrics.pairwise import manhattan_distances
+    except ImportError as error:
+        raise Unavailable("scikit-learn is missing: pip install 'l1attn_cupy[bench]'") from error
+
+    def distances(q: Any, k: Any, out: Any) -> None:
+        out[:] = manhattan_distances(q, k)
+
+    return host_peer("sklearn", distances, device)
+
+
+def gpu_peer(name: str, device: str, fill: Callable[[Any, Any, Any], Any]) -> Peer:
+    """One that has no CPU path and no gradient, and takes one head at a time; ``fill`` writes its distances."""
+    if device != "cuda":
+        raise Unavailable(f"{name} has no CPU path")
+
+    def scores(query: Any, key: Any) -> Any:
+        dtype = torch.promote_types(query.dtype, torch.float32)  # 16-bit inputs are summed in float32
+        out = torch.empty(*query.shape[:2], key.shape[1], device=query.device, dtype=dtype)
+        for q, k, o in zip(query, key, out, strict=True):
+            fill(q, k, o)
+        return out.add_(EPS).reciprocal_()
+
+    return Peer(name, scores, "a call per head, no gradient", ("forward",), differentiable=False)
+
+
+def cuvs(case: Case, device: str) -> Peer:
+    """cuVS on torch's stream, which spares a wait after each head."""
+    try:
+        from cuvs.common import Resources
+        from cuvs.distance import pairwise_distance
+    except ImportError as error:
+        raise Unavailable(f"cuVS is not installed: {error}; pip install cuvs-cu12 or cuvs-cu13") from error
+    legacy_default_stream = 1  # its handle; cuVS takes 0 for a stream of its own
+    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+    resources = Resources(stream=stream or legacy_default_stream)
+    return gpu_peer("cuvs", device, lambda q, k, o: pairwise_distance(q, k, o, "cityblock", resources=resources))
+
+
+def cupyx_cdist(case: Case, device: str) -> Peer:
+    """CuPy's SciPy interface, which calls cuVS and waits for each head."""
+    try:
+        from cupy import from_dlpack
+        from cupyx.scipy.spatial import distance
+    except ImportError as error:
+        raise Unavailable(f"CuPy is not installed: {error}; pip install cupy-cuda12x or cupy-cuda13x") from error
+    if not (distance.cuvs_available or distance.pylibraft_available):
+        raise Unavailable("cupyx.scipy.spatial.distance needs cuVS, which is not installed")
+
+    def fill(q: Any, k: Any, out: Any) -> None:
+        distance.cdist(from_dlpack(q), from_dlpack(k), "cityblock", out=from_dlpack(out))
+
+    return gpu_peer("cupyx", device, fill)
 
 
 def keops(case: Case, device: str) -> Peer:
@@ -173,5 +261,9 @@ PEERS: dict[str, Callable[[Case, str], Peer]] = {
     "cdist": cdist,
     "compile": compiled,
     "scipy": scipy_cdist,
+    "sklearn": sklearn_manhattan,
     "keops": keops,
+    "cuvs": cuvs,
+    "cupyx": cupyx_cdist,
 }
+OTHER_DEVICE = {"cpu": {"cuvs", "cupyx"}, "cuda": {"scipy", "sklearn"}}  # peers that a device has no use for

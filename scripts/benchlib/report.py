@@ -18,9 +18,12 @@ PACKAGES = (
     "llvmlite",
     "torch",
     "scipy",
+    "scikit-learn",
     "pykeops",
     "cupy-cuda12x",
     "cupy-cuda13x",
+    "cuvs-cu12",
+    "cuvs-cu13",
 )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchlib import report
 from benchlib.cases import Case, parse
-from benchlib.peers import PEERS
+from benchlib.peers import OTHER_DEVICE, PEERS
 
 PARTS = ("forward", "backward", "attention", "memory", "overhead", "startup")  # --quick leaves the last one out
 GIB = 2**30
@@ -45,11 +45,13 @@ class Settings:
     def peers_for(self, case: Case) -> list[str]:
         """All that were asked for; by default KeOps and torch.compile only where their compilation pays.
 
-        KeOps compiles for every number of channels and dtype, and takes tens of seconds at length 8192.
+        KeOps compiles for every number of channels and dtype, and takes tens of seconds at length 8192. scikit-learn
+        checks every head; on the grid of small ones SciPy stands for both.
         """
         left_out: set[str] = set()
         if not self.peers_given:
             left_out |= {"keops"} if case.group in ("grid", "long") else set()
+            left_out |= {"sklearn"} if case.group == "grid" else set()
             left_out |= {"keops", "compile"} if case.dtype == "float64" else set()
         return [name for name in self.peers if name not in left_out]
 
@@ -87,13 +89,13 @@ def settle(options: argparse.Namespace) -> Settings:
         os.environ[HUGE_PAGES] = "1"
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = [name for name in PEERS if not (options.quick and name in ("compile", "keops"))]
+    left_out = OTHER_DEVICE[options.device] | ({"compile", "keops"} if options.quick else set())
     gpu = torch.cuda.get_device_properties(0) if cuda else None
     parts = options.only.split(",") if options.only else PARTS[:-1] if options.quick else PARTS
     return Settings(
         device=options.device,
         cases=choose_cases(options),
-        peers=options.peers.split(",") if options.peers else names,
+        peers=options.peers.split(",") if options.peers else [name for name in PEERS if name not in left_out],
         peers_given=bool(options.peers),
         rounds=options.repeats or (25 if cuda else 5 if options.quick else 9),
         quick=options.quick,
@@ -110,7 +112,7 @@ def method(settings: Settings) -> list[str]:
         device, clock = torch.cuda.get_device_name(), "CUDA events; L2 is overwritten before every call"
     else:
         device = report.processor()
-        clock = f"wall time, {settings.threads} threads (SciPy: one); calls are repeated to 0.1 s a sample"
+        clock = f"wall time, {settings.threads} threads; calls are repeated to 0.1 s a sample"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions().items())
     if settings.only == {"ring"}:
         return [
@@ -155,5 +157,5 @@ def grid_method(settings: Settings) -> list[str]:
     terms, gib = max(case.terms("forward") for case in cases), settings.eager_limit(cases[0]) / GIB
     return [
         f"grid      as many of the original 512 x 8 heads as make {terms:.1e} terms forward; eager: fewer, a",
-        f"          tensor within {gib:.2g} GiB; compile: once, with dynamic shapes; KeOps: left out",
+        f"          tensor within {gib:.2g} GiB; compile: once, with dynamic shapes; KeOps, sklearn: left out",
     ]

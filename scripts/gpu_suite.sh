@@ -43,5 +43,5 @@ part() { # part NAME COMMAND...: its output to OUT/NAME.log; stopped as by Ctrl-
 part tests "$python" -m pytest "${workers[@]}" -m gpu --require-gpu -p no:cacheprovider -q -rs --durations=10 \
     --junitxml="$out/tests.xml" tests
 part check "$python" scripts/check.py --backend cuda
-part bench "$python" scripts/bench.py --device cuda --json "$out/bench.json" "$@"
+part bench "$python" scripts/bench.py --device cuda --json "$out/bench.json" --seconds $((limit[bench] - 15)) "$@"
 "$python" scripts/gpu_report.py "$out" "${parts[@]}"

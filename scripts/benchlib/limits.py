@@ -27,14 +27,15 @@ class Limits:
                 continue
             try:
                 if (op, dtype) not in self.made:
-                    self.made[op, dtype] = self._make(op, dtype)
+                    self.made[op, dtype] = self.make(op, dtype)
                 found[op] = self.made[op, dtype]
             except ImportError as error:
                 package = "cupy-cuda12x or cupy-cuda13x" if self.settings.cuda else "numba"
                 self.problem = f"no limit was measured: {error}; pip install {package}"
         return found
 
-    def _make(self, op: str, dtype: str) -> Any:
+    def make(self, op: str, dtype: str) -> Any:
+        """A new one."""
         if self.settings.cuda:
             return CudaLimit(op, dtype)
         from benchlib.limit_cpu import CpuLimit

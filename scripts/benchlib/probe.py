@@ -229,43 +229,11 @@ def probe_memory(options: argparse.Namespace) -> dict[str, Any]:
     return {"peak_mib": peak / MIB, "outputs_mib": size / MIB, "extra_mib": (peak - size) / MIB}
 
 
-def probe_attention_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Peak MiB of one head of fused attention beyond its inputs, that less its outputs, and seconds."""
-    import torch
-
-    import l1attn_cupy as l1
-
-    def run(length: int) -> tuple[int, list[Any], float]:
-        q, k, v, g = (torch.randn(1, length, options.channels, device=options.device) for _ in range(4))
-        for x in (q, k, v):
-            x.requires_grad_(options.op == "backward")
-        start = time.perf_counter()
-        if options.op == "forward":
-            peak, out = peak_of(lambda: l1.l1_attention(q, k, v), options.device)
-            return peak, [out], time.perf_counter() - start
-        out = l1.l1_attention(q, k, v)
-        start = time.perf_counter()
-        peak, grads = peak_of(lambda: torch.autograd.grad(out, (q, k, v), g), options.device)
-        return peak, list(grads), time.perf_counter() - start
-
-    for _ in range(2):
-        run(257)  # compiles, starts threads
-    peak, outputs, seconds = run(options.length)
-    size = sum(t.numel() * t.element_size() for t in outputs)
-    return {
-        "peak_mib": peak / MIB,
-        "outputs_mib": size / MIB,
-        "extra_mib": (peak - size) / MIB,
-        "seconds": seconds,
-    }
-
-
 PROBES = {
     "import": probe_import,
     "first-call": probe_first_call,
     "overhead": probe_overhead,
     "memory": probe_memory,
-    "attention-memory": probe_attention_memory,
 }
 
 

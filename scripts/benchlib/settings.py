@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,7 +14,9 @@ from benchlib import report
 from benchlib.cases import Case, parse
 from benchlib.peers import OTHER_DEVICE, PEERS
 
-PARTS = ("forward", "backward", "attention", "memory", "overhead", "startup")  # --quick leaves the last one out
+# --quick leaves the last one out.
+PARTS = ("forward", "backward", "attention", "growth", "memory", "overhead", "startup")
+SHARES = {"cases": 0.45, "attention": 0.7, "growth": 0.9, "memory": 0.93}  # of --seconds, from the beginning
 GIB = 2**30
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's CPU allocator reads it at its first allocation
 CPU_CACHE_BYTES = 64 << 20  # above most last-level caches
@@ -32,6 +36,10 @@ class Settings:
     threads: int
     eager_bytes: int  # the broadcast tensor of a peer may be this large
     cache_bytes: int  # a rotation of inputs is larger than this
+    length: int | None  # the longest of growth; None: its own
+    seconds: float | None = None  # that the run may take: a part starts only within its share of them
+    begin: float = field(default_factory=time.perf_counter)
+    left_out: list[str] = field(default_factory=list)  # for want of time
 
     @property
     def cuda(self) -> bool:
@@ -41,6 +49,19 @@ class Settings:
     def ops(self) -> set[str]:
         backward = {"backward", "forward+backward"} if "backward" in self.only else set()
         return backward | ({"forward"} & self.only)
+
+    def left_s(self, part: str) -> float:
+        """Seconds that the part may still take."""
+        if self.seconds is None:
+            return math.inf
+        return self.seconds * SHARES.get(part, 1.0) - (time.perf_counter() - self.begin)
+
+    def has_time(self, part: str, what: str) -> bool:
+        """Whether there is time to start; if not, the run says so of ``what``."""
+        late = self.left_s(part) <= 0
+        if late:
+            self.left_out.append(what)
+        return not late
 
     def peers_for(self, case: Case) -> list[str]:
         """All that were asked for; by default KeOps and torch.compile only where their compilation pays.
@@ -103,6 +124,8 @@ def settle(options: argparse.Namespace) -> Settings:
         threads=torch.get_num_threads(),
         eager_bytes=gpu.total_memory // 12 if gpu else GIB // 4,
         cache_bytes=getattr(gpu, "L2_cache_size", CPU_CACHE_BYTES),
+        length=options.length,
+        seconds=options.seconds,
     )
 
 

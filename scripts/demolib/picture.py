@@ -50,7 +50,12 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
     height, says = panel.level
     ax.axhline(height, color="0.5", linewidth=1, linestyle=":")
     ax.annotate(says, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4", fontsize=8)
-    ax.set_title(panel.title, loc="left", fontsize=10)
+    finish(ax, panel.title)
+
+
+def finish(ax: Axes, title: str) -> None:
+    """What the panels of all pictures have in common."""
+    ax.set_title(title, loc="left", fontsize=10)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 

@@ -165,7 +165,7 @@ def main() -> int:
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     if settings.left_out:
-        print(f"\nleft out for want of time: {', '.join(settings.left_out)}")
+        print(f"\nleft out for want of time: {'; '.join(settings.left_out)}")
     print(f"\n{result['neighbours']}; the whole run took {seconds:.0f} s")
     return int(not good)
 

@@ -47,7 +47,7 @@ class Point:
 
 def draw_all(folder: Path = FOLDER, output: Path = PICTURES) -> Iterator[Path]:
     """Draw what there is of every file; the pictures that were written."""
-    for file, found in files(folder):
+    for file, found in list(files(folder)):  # all are read first: a bad one stops it before anything is written
         for name in pictures_of(file.stem, found):
             (draw_roofline if name.endswith("-roofline.png") else draw_lengths)(found, output / name)
             yield output / name

@@ -59,7 +59,7 @@ class Settings:
     def has_time(self, part: str, what: str) -> bool:
         """Whether there is time to start; if not, the run says so of ``what``."""
         late = self.left_s(part) <= 0
-        if late:
+        if late and what not in self.left_out:
             self.left_out.append(what)
         return not late
 

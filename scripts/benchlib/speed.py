@@ -64,7 +64,7 @@ def time_cases(settings: Settings, limits: Limits) -> list[Row]:
     clock = CudaClock() if settings.cuda else CpuClock()
     rows: list[Row] = []
     for case in settings.cases:
-        if not settings.has_time("cases", f"{case.group} {case.shape} {case.dtype}"):
+        if not settings.has_time("cases", f"shapes of {case.group}, {case.dtype}"):
             continue
         ready, failed = entrants(case, settings, clock)
         contest = Contest(case, ready, limits.of(case.dtype))

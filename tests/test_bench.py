@@ -121,6 +121,29 @@ def test_bench_rapids_peers_give_the_scores(name, monkeypatch):
     assert streams == ([1] if name == "cuvs" else [])
 
 
+def test_bench_cdist_does_no_more_than_it_can(monkeypatch):
+    """On a GPU heads are split; a head that is too large for it is an error beforehand."""
+    plain, heads = torch.cdist, []
+
+    def noted(q, k, p):
+        heads.append(len(q))
+        return plain(q, k, p=p)
+
+    monkeypatch.setattr(torch, "cdist", noted)
+    monkeypatch.setattr(peers, "CDIST_TERMS", 2 * 33 * 17 * 9 + 1)
+    query, key = torch.randn(5, 33, 9), torch.randn(5, 17, 9)
+    for device, expected in (("cuda", [2, 2, 1]), ("cpu", [5])):
+        heads.clear()
+        found = peers.PEERS["cdist"](Case("user", 5, 33, 17, 9, "float32"), device).scores(query, key)
+        torch.testing.assert_close(found, peers.naive(query, key))
+        assert heads == expected
+    heads.clear()
+    attention_peers.cdist(query, key, key)
+    assert heads == [2, 2, 1]
+    with pytest.raises(peers.Unavailable, match="illegal memory access"):
+        peers.PEERS["cdist"](Case("user", 1, 33, 65, 17, "float32"), "cuda")
+
+
 @pytest.mark.parametrize(
     ("name", "module", "says"),
     [

@@ -22,7 +22,7 @@ import torch
 
 from benchlib.attention_peers import check, check_gradients, inputs, makers
 from benchlib.cases import TERMS_PER_PASS, Case, make_inputs
-from benchlib.peers import OURS, PEERS, with_inductor
+from benchlib.peers import OURS, PEERS, cdist_cannot, with_inductor
 from benchlib.peers import naive as naive_scores
 from benchlib.probe import MIB, peak_of, waiter
 from benchlib.timing import CpuClock, CudaClock, Elapsed
@@ -35,6 +35,7 @@ ROWS = {"cpu": 4096, "cuda": 65536}  # of query in a call: heads get fewer as th
 MEMORY_SHARE = 0.5  # of what is free: the most that a call may need
 SHORTEST_SAMPLE_S = {"cpu": 0.1, "cuda": 0.0}
 FEWEST = 3
+NEW_PAGES_MIB = 256  # a first result this large takes memory from the system for the first time, which is slow
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Patience:
 
 
 PATIENCE = {
-    ("cpu", True): Patience(0.4, 45.0),
+    ("cpu", True): Patience(0.4, 80.0),
     ("cpu", False): Patience(0.4, 1.2),
     ("cuda", True): Patience(0.25, 10.0),
     ("cuda", False): Patience(0.15, 0.6),
@@ -130,6 +131,8 @@ class Probe:
 
     def too_much(self, last: Point, length: int) -> str:
         """Why this length is not tried after the last, or nothing."""
+        if self.options.peer == "cdist" and (why := cdist_cannot(self.device, length, length, CHANNELS)):
+            return why
         heads = max(1, ROWS[self.device] // length)
         seconds = min(last.samples).wall * heads * length**2 / (last.heads * last.length**2)
         if seconds > self.patience.call:
@@ -140,7 +143,7 @@ class Probe:
         return ""
 
     def first(self, function: Callable[..., Any], length: int) -> Point:
-        """Memory of one head, and a first sample; a long call on one head is its own sample."""
+        """Memory of one head, and a first sample; a long call on one head is its own, if it writes little."""
         heads = max(1, ROWS[self.device] // length)
         given = inputs((heads, length, length, CHANNELS), self.device)
         one = [x[:1] for x in given]
@@ -149,13 +152,11 @@ class Probe:
         start = self.clock.stamp()
         peak, results = peak_of(lambda: function(*one), self.device)
         elapsed = self.clock.between(start, self.clock.stamp())
-        sizes = {"inputs_mib": sum(x.nbytes for x in one), "outputs_mib": sum(x.nbytes for x in results)}
-        memory = {name: size / MIB for name, size in sizes.items()} | {
-            "beyond_mib": (peak - sizes["outputs_mib"]) / MIB
-        }
+        taken, made = (sum(x.nbytes for x in arrays) / MIB for arrays in (one, results))
+        memory = {"inputs_mib": taken, "outputs_mib": made, "beyond_mib": max(0.0, peak / MIB - made)}
         del results
         point = Point(length, heads, lambda: function(*given), memory)
-        if heads == 1 and elapsed.wall > self.patience.series:
+        if heads == 1 and elapsed.wall > self.patience.series and made < NEW_PAGES_MIB:
             point.samples.append(elapsed)
             point.spent = elapsed.wall
         else:

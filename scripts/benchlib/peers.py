@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from benchlib.cases import Case
 
 EPS = 1e-3
 OURS = "ours"
+CDIST_TERMS = 2**31 - 1  # of a call on a GPU: its indices are 32-bit
 
 
 class Unavailable(Exception):
@@ -110,10 +111,29 @@ def eager(case: Case, device: str) -> Peer:
 
 
 def cdist(case: Case, device: str) -> Peer:
-    """torch.cdist(p=1) followed by the score."""
-    if device == "cuda" and case.terms("forward") >= 2**31:
-        raise Unavailable("torch.cdist ends in an illegal memory access from 2**31 terms on")
-    return Peer("cdist", lambda q, k: 1.0 / (EPS + torch.cdist(q, k, p=1.0)))
+    """torch.cdist(p=1) followed by the score; on a GPU as many heads at a time as it can do."""
+    if why := cdist_cannot(device, case.q_len, case.k_len, case.channels):
+        raise Unavailable(why)
+
+    def scores(query: Any, key: Any) -> Any:
+        if device != "cuda" or query.shape[0] * query.shape[1] * key.shape[1] * key.shape[2] <= CDIST_TERMS:
+            return 1.0 / (EPS + torch.cdist(query, key, p=1.0))
+        return torch.cat([1.0 / (EPS + torch.cdist(q, k, p=1.0)) for q, k in cdist_parts(query, key)])
+
+    return Peer("cdist", scores)
+
+
+def cdist_cannot(device: str, q_len: int, k_len: int, channels: int) -> str:
+    """Why torch.cdist cannot do one head, or nothing."""
+    if device == "cuda" and q_len * k_len * channels > CDIST_TERMS:
+        return "torch.cdist ends in an illegal memory access from 2**31 terms on"
+    return ""
+
+
+def cdist_parts(query: Any, key: Any, *others: Any) -> Iterator[tuple[Any, ...]]:
+    """Slices of all arrays along the heads, none with more than CDIST_TERMS if a head has no more."""
+    heads = max(1, CDIST_TERMS // (query.shape[-2] * key.shape[-2] * key.shape[-1]))
+    return zip(*(x.split(heads) for x in (query, key, *others)), strict=True)
 
 
 def with_inductor(function: Any, device: str, dynamic: bool = False) -> Any:

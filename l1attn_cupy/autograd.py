@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,12 +66,36 @@ class Differentiable(torch.autograd.Function):
         operators.library.impl(name, kernel, "Autograd")
 
 
-def undifferentiated(operator: Any, *inputs: Any) -> Any:
-    """The operator's result, without the detour by `Differentiable.differentiates` where that is not needed."""
+def undifferentiated(function: Callable[..., Any], tensors: tuple, *rest: Any) -> Any:
+    """``function(*tensors, *rest)``, one of `operators`: by the operator of its name where torch sees to something.
+
+    Elsewhere the operator would only cost time.
+    """
     if torch.compiler.is_compiling() or is_transformed():
-        return operator(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs)
+        return getattr(torch.ops.l1attn, function.__name__)(*tensors, *rest)
+    if _goes_unseen(tensors):
+        return function(*tensors, *rest)
+    with torch._C._AutoDispatchBelowAutograd():  # without the detour by `Differentiable.differentiates`
+        return getattr(torch.ops.l1attn, function.__name__)(*tensors, *rest)
+
+
+def _goes_unseen(tensors: tuple) -> bool:
+    """Whether nobody watches the calls of operators, and all tensors are what they seem."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor._is_zerotensor()):
+            return False
+    return True
+
+
+#: Types whose operators are called as they are.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def in_both_forms(cls: type[Differentiable]) -> type[Differentiable]:
@@ -103,7 +127,7 @@ class _Scores(Differentiable):
 
     @staticmethod
     def compute(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
-        return undifferentiated(torch.ops.l1attn.scores, query, key, *options)
+        return undifferentiated(operators.scores, (query, key), *options)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -145,8 +169,8 @@ class _ScoresBackward(Differentiable):
         need_key: bool,
         *options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = (grad, query, key, scores, need_query, need_key, *of_backward(options, "scores_backward"))
-        return undifferentiated(torch.ops.l1attn.scores_backward, *inputs)
+        rest = (need_query, need_key, *of_backward(options, "scores_backward"))
+        return undifferentiated(operators.scores_backward, (grad, query, key, scores), *rest)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -196,8 +220,8 @@ class _ScoresJvp(Differentiable):
         scores: torch.Tensor | None,
         *options: Any,
     ) -> torch.Tensor:
-        inputs = (query, key, tangent_q, tangent_k, scores, *of_backward(options, "scores_jvp"))
-        return undifferentiated(torch.ops.l1attn.scores_jvp, *inputs)
+        tensors = (query, key, tangent_q, tangent_k, scores)
+        return undifferentiated(operators.scores_jvp, tensors, *of_backward(options, "scores_jvp"))
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -248,10 +272,12 @@ def _backward(
     options: tuple,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients, differentiable where somebody may differentiate them: with ``create_graph``, and in torch.func."""
-    if not torch.compiler.is_compiling() and is_tracked():
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _ScoresBackward.compute(grad, query, key, scores, need_query, need_key, *options)
+    if is_tracked():
         return _ScoresBackward.run(grad, query, key, _constant(scores), need_query, need_key, *options)
-    with torch.no_grad():
-        return _ScoresBackward.compute(grad, query, key, scores, need_query, need_key, *options)
+    return _ScoresBackward.compute(grad, query, key, scores, need_query, need_key, *options)
 
 
 def _jvp(
@@ -367,7 +393,7 @@ def l1_scores(
     query, key = under_autocast(query, key)
     if is_transformed() or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
         return _Scores.run(query, key, *options)
-    return undifferentiated(torch.ops.l1attn.scores, query, key, *options)
+    return undifferentiated(operators.scores, (query, key), *options)
 
 
 def under_autocast(query: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
@@ -402,4 +428,4 @@ def l1_scores_backward(
             saved = None if scores is None else spec_of("scores", scores)
             plan.scores_backward(call, spec_of("grad_scores", grad), saved)
     with torch.no_grad():
-        return undifferentiated(torch.ops.l1attn.scores_backward, grad, query, key, scores, True, True, *options)
+        return undifferentiated(operators.scores_backward, (grad, query, key, scores), True, True, *options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..plan_attention import AttentionPlan
+from ..plan_attention import AttentionPlan, Saved
 from . import calls_attention
 from .backend import _current, _run
 
@@ -19,7 +19,7 @@ def attention_forward(
         calls_attention.attention_forward(_run, plan, query, key, value, mask, out, softmax)
 
 
-def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Write ``wanted``, of dquery, dkey and dvalue, from ``given``."""
     device, stream = _current(plan, given["query"])
     with device, stream:

@@ -340,6 +340,11 @@ def is_transformed() -> bool:
     return has_tangents() or torch._C._are_functorch_transforms_active()
 
 
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` records operators; of a Function it would record what no process could run again."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def is_tracked() -> bool:
     """Whether somebody may differentiate what is computed now."""
     return torch.is_grad_enabled() or is_transformed()
@@ -363,7 +368,7 @@ def dispatches(array: Any) -> bool:
         and array.layout is torch.strided
         and not array.is_nested
         and not array.is_quantized
-        and array.device.type in ("cpu", "cuda")
+        and (array.is_cpu or array.is_cuda)
     )
 
 
@@ -391,6 +396,8 @@ def l1_scores(
     if key is query and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd Function
         key = query.view_as(query)
     query, key = under_autocast(query, key)
+    if is_recorded():
+        return torch.ops.l1attn.scores(query, key, *options)
     if is_transformed() or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
         return _Scores.run(query, key, *options)
     return undifferentiated(operators.scores, (query, key), *options)

@@ -22,6 +22,7 @@ from .autograd import (
     dispatches,
     has_tangents,
     in_both_forms,
+    is_recorded,
     is_tracked,
     is_transformed,
     of_backward,
@@ -189,7 +190,9 @@ def _apply(
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, as in self-attention
         query, key, value, mask, ends_q, ends_k = (None if array is None else array.view_as(array) for array in inputs)
         inputs = (query, key, value, mask, ends_q, ends_k)
-    if tracked or is_transformed():
+    if is_recorded():
+        out, softmax, _ = torch.ops.l1attn.attention(*inputs, True, *options)
+    elif tracked or is_transformed():
         out, softmax, _ = _Attention.run(*inputs, True, *options)
     else:
         out, softmax, _ = undifferentiated(operators_attention.attention, inputs, False, *options)

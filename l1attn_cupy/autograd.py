@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,13 +90,26 @@ def _goes_unseen(tensors: tuple) -> bool:
     ):
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor._is_zerotensor()):
+        if tensor is not None and not (type(tensor) in _PLAIN and _is_dense(torch._C._dispatch_keys(tensor))):
             return False
     return True
 
 
 #: Types whose operators are called as they are.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+#: What the dispatcher goes by for a tensor that is a piece of memory; others stand for zeros, or for a batch in `vmap`.
+_DENSE_KEYS = frozenset(
+    "DispatchKeySet CPU CUDA ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA Negative".split()
+)
+_known_keys: dict[int, bool] = {}
+
+
+def _is_dense(keys: Any) -> bool:
+    number = keys.raw_repr()
+    if number not in _known_keys:
+        _known_keys[number] = _DENSE_KEYS.issuperset(re.findall(r"\w+", str(keys)))
+    return _known_keys[number]
 
 
 def in_both_forms(cls: type[Differentiable]) -> type[Differentiable]:

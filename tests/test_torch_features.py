@@ -234,6 +234,20 @@ def test_operators_of_tensors_without_data(call):
     assert_identical(call(zeros, key, value), call(torch.zeros_like(query), key, value))
 
 
+@calls
+def test_operators_of_a_batch_of_gradients(call):
+    """``is_grads_batched`` maps over the backward pass with tensors whose type, too, is that of any tensor."""
+    given = inputs(torch.float64)
+    result = call(*given)
+    grads = torch.randn(3, *result.shape, dtype=result.dtype)
+    found = torch.autograd.grad(result, given, grads, is_grads_batched=True, allow_unused=True, retain_graph=True)
+    for n, grad in enumerate(grads):
+        expected = torch.autograd.grad(result, given, grad, allow_unused=True, retain_graph=True)
+        for ours, one in zip(found, expected, strict=True):
+            if one is not None:
+                assert_identical(ours[n], one)
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What both of two processes, connected by Gloo, print; see two_processes.py."""

@@ -354,6 +354,11 @@ def is_transformed() -> bool:
     return has_tangents() or torch._C._are_functorch_transforms_active()
 
 
+def is_batch(tensor: torch.Tensor) -> bool:
+    """Whether it stands for a batch that ``is_grads_batched`` of `torch.autograd.grad` maps over."""
+    return "Batched" in str(torch._C._dispatch_keys(tensor))
+
+
 def is_recorded() -> bool:
     """Whether `torch.jit.trace` records operators; of a Function it would record what no process could run again."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None

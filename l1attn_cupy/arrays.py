@@ -130,13 +130,6 @@ def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:
         return _namespace(like).empty(shape, dtype or like.dtype)
 
 
-def empty_like(array: Any) -> Any:
-    """A new array of the shape of ``array``, C-contiguous whatever that one is."""
-    if is_torch(array):
-        return sys.modules["torch"].empty_like(array, memory_format=sys.modules["torch"].contiguous_format)
-    return empty(array.shape, array)
-
-
 def zeros(shape: Shape, like: Any) -> Any:
     """A new array of zeros of the library, dtype and device of ``like``."""
     out = empty(shape, like)

@@ -67,7 +67,7 @@ def attention_backward(
     plan_attention.check_saved(call.without_segments, *specs)
     given = {"query": query, "key": key, "value": value, "mask": mask}
     names = zip(_GRADIENTS, given.values(), needed, strict=True)
-    wanted = {name: _new_like(call, array) for name, array, need in names if need}
+    wanted = {name: _new(call, tuple(array.shape), array) for name, array, need in names if need}
     if 0 in call.lse_shape or call.length_k == 0:
         for gradient in wanted.values():
             gradient[...] = 0
@@ -92,7 +92,3 @@ def _new(call: AttentionPlan, shape: Shape, like: Any, dtype: str | None = None)
         return arrays.empty(shape, like, dtype)
     heads, length, channels = shape
     return arrays.empty((length, heads, channels), like, dtype).swapaxes(0, 1)
-
-
-def _new_like(call: AttentionPlan, array: Any) -> Any:
-    return _new(call, tuple(array.shape), array) if call.packed else arrays.empty_like(array)

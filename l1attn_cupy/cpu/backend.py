@@ -21,7 +21,7 @@ from .vector import panel_width
 #: Numbers in one block of rows in scratch memory: 256 KiB in float32, a part of any L2 cache.
 _BLOCK_NUMBERS = 1 << 16
 
-#: Keys in one tile of scores, whose rows are written at once.
+#: Keys in one tile of tangents of scores.
 _TILE_KEYS = 64
 
 #: Tasks for each thread, so that a slow core does not hold up the others.
@@ -149,12 +149,11 @@ def _forward_blocks(plan: Plan, sizes: Shape, workers: int) -> tuple[int, int, i
     batches, length_q, length_k, _ = sizes
     width, fitting = _panel(plan.query.dtype, plan.channels)
     wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
-    rows = _split(length_q, width, min(fitting, 256), -(-wanted // batches))
+    rows = _split(length_q, width, fitting, -(-wanted // batches))
     row_tasks = batches * -(-length_q // rows)
-    tile_keys = min(_TILE_KEYS, _ceil_to(length_k, width))
-    keys = _split(length_k, tile_keys, _ceil_to(length_k, tile_keys), -(-wanted // row_tasks))
+    keys = _split(length_k, width, _ceil_to(length_k, width), -(-wanted // row_tasks))
     tasks = row_tasks * -(-length_k // keys)
-    return rows, keys, tile_keys, min(tasks, wanted)
+    return rows, keys, min(keys, max(width, fitting // 2 // width * width)), min(tasks, wanted)
 
 
 def _backward_blocks(plan: Plan, sizes: Shape, workers: int, x_is_row: bool) -> tuple[int, bool, int]:

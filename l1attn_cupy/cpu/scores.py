@@ -1,7 +1,9 @@
 """L1 scores and their vector-Jacobian product on the CPU.
 
 Forward: a task is a block of queries against a range of keys of one batch entry. Queries and keys are packed into
-panels, and `vector.sum_abs_diff` fills one panel-by-panel tile at a time; F is applied while the tile is in L1.
+panels, as many keys as fit the L2 cache, so that a row of the result is written from end to end. `vector.sum_and_score`
+fills one panel-by-panel tile of distances at a time, and meanwhile scores the one before. What does not fill a tile,
+and results that need more than a scale or a division, go through strips of scores in L1.
 
 Backward: a task owns a block of rows of one gradient and runs over everything that contributes to it, in a fixed
 order, so that the result does not depend on the number of threads. ``h = grad * F'(x) * scale`` exists one tile at a
@@ -18,11 +20,24 @@ from numba import prange
 from ..functions import INVERSE, LAPLACIAN, NEGATIVE
 from .elements import apply_derivative, apply_score, load_rows, store_rows
 from .jit import kernel
-from .vector import invert, lanes, pack, panel_width, scatter_rows, sign_scatter, store_scores, sum_abs_diff
+from .vector import (
+    address_of,
+    invert,
+    lanes,
+    pack,
+    panel_width,
+    scatter_rows,
+    sign_scatter,
+    sum_abs_diff,
+    sum_and_score,
+)
 
 #: Channels summed in one run of `sum_abs_diff`. A longer row is a sum of such partial sums, so that its rounding error
 #: does not grow with the number of channels.
 CHANNELS_PER_SUM = 128
+
+#: Keys in a strip of scores that are stored together, where they do not go straight to the result.
+STRIP = 64
 
 #: Rows of y in one tile of the backward pass; partial sums over so many terms are added to the gradient.
 Y_BLOCK = 64
@@ -98,13 +113,16 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = _blocks(channels, width) * width
     inverse, factor = score == INVERSE, -scalars[0] if score == NEGATIVE else scalars[0]
-    direct = score != LAPLACIAN and channels <= CHANNELS_PER_SUM and itemsize == scalars.itemsize
+    direct = score != LAPLACIAN and itemsize == scalars.itemsize
     for run in prange(runs):
         scratch = np.empty((width, padded), scalars.dtype)
         q_panels = np.empty((q_block // width, padded, width), scalars.dtype)
         k_panels = np.empty((tile_keys // width, padded, width), scalars.dtype)
-        tile = np.empty((width, tile_keys), scalars.dtype)
-        half = np.empty((width, tile_keys), np.uint16)
+        tile = np.empty((width, STRIP), scalars.dtype)
+        half = np.empty((width, STRIP), np.uint16)
+        # The distances that were summed last, and where their scores belong: as yet there are none.
+        distances = np.zeros((width, width), scalars.dtype)
+        to, stride = address_of(distances), width
         for task in range(tasks * run // runs, tasks * (run + 1) // runs):
             index = task // (q_blocks * k_blocks)
             i0, j_first = task // k_blocks % q_blocks * q_block, task % k_blocks * k_block
@@ -112,22 +130,29 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
             source = _address(q, itemsize, index, batch, i0, 0)
             _load_panels(source, dtype, itemsize, q, rows, channels, scratch, q_panels)
             keys, target = _address(k, itemsize, index, batch, 0, 0), _address(out, itemsize, index, batch, i0, 0)
-            for j0 in range(j_first, min(length_k, j_first + k_block), tile_keys):
-                columns = min(tile_keys, length_k - j0)
+            j_end = min(length_k, j_first + k_block)
+            for j0 in range(j_first, j_end, tile_keys):
+                columns = min(tile_keys, j_end - j0)
                 source = keys + j0 * k.row * itemsize
                 _load_panels(source, dtype, itemsize, k, columns, channels, scratch, k_panels)
                 for p in range(_blocks(rows, width)):
                     place, count = target + (p * width * out.row + j0) * itemsize, min(width, rows - p * width)
-                    done = 0  # columns that went straight to the result
-                    if direct and count == width:
-                        done = columns // width * width
-                        for c in range(done // width):
-                            to = place + c * width * itemsize
-                            store_scores(q_panels, p, k_panels, c, channels, to, out.row, inverse, factor, scalars[1])
-                    if done < columns:
-                        first, k_count = done // width, _blocks(columns - done, width)
+                    done = columns // width if direct and count == width else 0  # panels of keys, straight to out
+                    for c in range(done):
+                        first = min(channels, CHANNELS_PER_SUM)
+                        sum_and_score(
+                            q_panels, p, k_panels, c, first, distances, to, stride, inverse, factor, scalars[1]
+                        )
+                        to, stride = place + c * width * itemsize, out.row
+                        for first in range(CHANNELS_PER_SUM, channels, CHANNELS_PER_SUM):
+                            more = min(CHANNELS_PER_SUM, channels - first)
+                            sum_abs_diff(q_panels, p, k_panels, c, first, more, distances, 0)
+                    for j in range(done * width, columns, STRIP):
+                        some = min(STRIP, columns - j)
+                        first, k_count = j // width, _blocks(some, width)
                         _scores(q_panels, p, k_panels, first, k_count, channels, tile, score, scalars[0], scalars[1])
-                        store_rows(tile, half, count, columns - done, place + done * itemsize, dtype, out.row, 1)
+                        store_rows(tile, half, count, some, place + j * itemsize, dtype, out.row, 1)
+        sum_and_score(q_panels, 0, k_panels, 0, 0, distances, to, stride, inverse, factor, scalars[1])
 
 
 @kernel()

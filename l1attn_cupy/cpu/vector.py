@@ -109,46 +109,63 @@ class _Emitter:
         signature = ir.FunctionType(self.vector, [self.vector])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [value])
 
-    def accumulate(self, count, n, step, unroll=1):
-        """``for i in range(count): sums = step(i, sums)`` over ``n`` vectors of sums that stay in registers.
+    def zeros(self, n):
+        return [ir.Constant(self.vector, [0.0] * self.width)] * n
 
-        ``count`` is rounded up to a multiple of ``unroll``.
+    def accumulate(self, count, n, step, unroll=1):
+        """``for i in range(count): sums = step(i, sums)``, from ``n`` vectors of zeros, ``unroll`` steps a turn."""
+        whole = self.builder.and_(count, _INT(-unroll))
+        sums = self.loop(_INT(0), whole, self.zeros(n), self.unrolled(step, unroll), unroll)
+        return self.loop(whole, count, sums, step) if unroll > 1 else sums
+
+    def unrolled(self, step, times):
+        """A step that does ``times`` steps."""
+
+        def steps(first, sums):
+            for i in range(times):
+                sums = step(self.builder.add(first, _INT(i)), sums)
+            return sums
+
+        return steps
+
+    def loop(self, first, end, sums, step, stride=1):
+        """``for i in range(first, end, stride): sums = step(i, sums)``; the vectors of sums stay in registers.
+
+        ``end - first`` is a multiple of ``stride``.
         """
         builder, entry = self.builder, self.builder.block
         body, done = builder.append_basic_block("l1.body"), builder.append_basic_block("l1.done")
-        builder.cbranch(builder.icmp_signed(">", count, _INT(0)), body, done)
+        builder.cbranch(builder.icmp_signed("<", first, end), body, done)
 
         builder.position_at_end(body)
         index = builder.phi(_INT)
-        sums = [builder.phi(self.vector) for _ in range(n)]
-        updated = sums
-        for i in range(unroll):
-            updated = step(builder.add(index, _INT(i)), updated)
-        following = builder.add(index, _INT(unroll))
-        index.add_incoming(_INT(0), entry)
-        index.add_incoming(following, body)
-        builder.cbranch(builder.icmp_signed("<", following, count), body, done)
+        inside = [builder.phi(self.vector) for _ in sums]
+        updated = step(index, inside)
+        following, last = builder.add(index, _INT(stride)), builder.block
+        index.add_incoming(first, entry)
+        index.add_incoming(following, last)
+        builder.cbranch(builder.icmp_signed("<", following, end), body, done)
 
         builder.position_at_end(done)
-        totals = [builder.phi(self.vector) for _ in range(n)]
-        zero = ir.Constant(self.vector, [0.0] * self.width)
-        for before, after, total in zip(sums, updated, totals, strict=True):
-            before.add_incoming(zero, entry)
-            before.add_incoming(after, body)
-            total.add_incoming(zero, entry)
-            total.add_incoming(after, body)
+        totals = [builder.phi(self.vector) for _ in sums]
+        for before, start, after, total in zip(inside, sums, updated, totals, strict=True):
+            before.add_incoming(start, entry)
+            before.add_incoming(after, last)
+            total.add_incoming(start, entry)
+            total.add_incoming(after, last)
         return totals
 
 
-def _sum_panels(e, q_panels, k_panels, args):
-    """Vectors ``sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, :]|``, one for each row r of the panel.
+#: Channels in one turn of the loop that sums them.
+_UNROLL = 4
 
-    Channels go four by four, also the last of them: panels are padded with zeros.
-    """
-    q, q_at, k, k_at, start, count = args
+
+def _term(e, q_panels, k_panels, args):
+    """The step of a loop over channels: ``sums[r] += |q_panels[q_index, first + i, r] - k_panels[k_index, ...]|``."""
+    q, q_at, k, k_at, first = args
 
     def step(i, sums):
-        channel = e.builder.add(start, i)
+        channel = e.builder.add(first, i)
         keys = e.load(e.at(k_panels, k, k_at, channel, 0))
         queries = [e.splat(e.at(q_panels, q, q_at, channel, row)) for row in range(e.width)]
         return [
@@ -156,7 +173,13 @@ def _sum_panels(e, q_panels, k_panels, args):
             for total, query in zip(sums, queries, strict=True)
         ]
 
-    return e.accumulate(count, e.width, step, unroll=4)
+    return step
+
+
+def _sum_panels(e, q_panels, k_panels, args):
+    """Vectors ``sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, :]|``, one for each row r of the panel."""
+    *operands, count = args
+    return e.accumulate(count, e.width, _term(e, q_panels, k_panels, operands), _UNROLL)
 
 
 @intrinsic
@@ -230,18 +253,24 @@ def sign_gather(typingctx, q, tangent_q, q_index, k, tangent_k, k_index, first, 
     return types.void(q, tangent_q, integer, k, tangent_k, integer, integer, integer, tile, integer), codegen
 
 
-def _store_inverse(e, distance, scale, eps, place):
-    """``place[:width] = 1 / (eps + scale * distance)``, for a vector of distances and a pointer to numbers.
+def _inverse(e, distance, scale, eps):
+    """``1 / (eps + scale * distance)``, for a vector of distances and two numbers.
 
     Divisions are in pieces of at most 32 bytes: two take less than half the time of one of an AVX-512 register.
     """
     piece = e.narrower(32)
     one = ir.Constant(piece.vector, [1.0] * piece.width)
+    scales, summands = piece.broadcast(scale), piece.broadcast(eps)
+    inverses = []
     for start in range(0, e.width, piece.width):
         lanes_of_piece = ir.Constant(ir.VectorType(_LANE, piece.width), list(range(start, start + piece.width)))
-        x = e.builder.fmul(piece.broadcast(scale), e.builder.shuffle_vector(distance, distance, lanes_of_piece))
-        inverse = e.builder.fdiv(one, e.builder.fadd(piece.broadcast(eps), x))
-        piece.store(inverse, e.builder.gep(place, [_INT(start)]))
+        x = e.builder.fmul(scales, e.builder.shuffle_vector(distance, distance, lanes_of_piece))
+        inverses.append(e.builder.fdiv(one, e.builder.fadd(summands, x)))
+    while len(inverses) > 1:
+        both = ir.Constant(ir.VectorType(_LANE, 2 * inverses[0].type.count), list(range(2 * inverses[0].type.count)))
+        pairs = zip(inverses[::2], inverses[1::2], strict=True)
+        inverses = [e.builder.shuffle_vector(low, high, both) for low, high in pairs]
+    return inverses[0]
 
 
 @intrinsic
@@ -253,40 +282,63 @@ def invert(typingctx, tile, column, scale, eps):
         out, left, scale, eps = args
         for row in range(e.width):
             place = e.at(tile, out, row, left)
-            _store_inverse(e, e.load(place), scale, eps, place)
+            e.store(_inverse(e, e.load(place), scale, eps), place)
         return context.get_dummy_value()
 
     return types.void(tile, types.intp, tile.dtype, tile.dtype), codegen
 
 
+def _scores_to(e, tile, tile_at, target, f):
+    """The step of a loop over rows that stores F of a row of the tile; see `sum_and_score`."""
+    address, stride = target
+    inverse, scale, eps = f
+    builder = e.builder
+    first = builder.inttoptr(address, e.scalar.as_pointer())
+
+    def store(row, sums):
+        distance, place = e.load(e.at(tile, tile_at, row, 0)), builder.gep(first, [builder.mul(row, stride)])
+        with builder.if_else(inverse) as (is_inverse, is_linear):
+            with is_inverse:
+                e.store(_inverse(e, distance, scale, eps), place)
+            with is_linear:
+                e.store(builder.fmul(e.broadcast(scale), distance), place)
+        return sums
+
+    return store
+
+
 @intrinsic
-def store_scores(typingctx, q_panels, q_index, k_panels, k_index, count, target, stride, inverse, scale, eps):
-    """Scores of a panel of queries and one of keys, of ``count`` channels, straight to where they belong::
+def sum_and_score(typingctx, q_panels, q_index, k_panels, k_index, count, tile, target, stride, inverse, scale, eps):
+    """Scores of the distances in the tile, straight to where they belong; then new distances, of two panels, in it::
 
-        x = sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|              r and c < panel width
-        target[r * stride + c] = 1 / (eps + scale * x) if inverse else scale * x
+        target[r * stride + c] = 1 / (eps + scale * tile[r, c]) if inverse else scale * tile[r, c]
+        tile[r, c] = sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|         r and c < panel width, e < count
 
-    ``target`` is an address, ``stride`` counts numbers. Sums, F and stores overlap with the sums of the next panel.
+    ``target`` is an address, ``stride`` counts numbers. A few rows are scored in each turn of the loop over channels,
+    so that divisions and stores, which would hold up the sums if they came all at once, are done on the side.
     """
 
     def codegen(context, builder, signature, args):
         e = _Emitter(context, builder, q_panels, panel_width(_itemsize(q_panels)))
-        *operands, count, address, stride, inverse, scale, eps = args
-        totals = _sum_panels(e, q_panels, k_panels, (*operands, _INT(0), count))
-        first = builder.inttoptr(address, e.scalar.as_pointer())
-        places = [builder.gep(first, [builder.mul(_INT(row), stride)]) for row in range(e.width)]
-        with builder.if_else(inverse) as (is_inverse, is_linear):
-            with is_inverse:
-                for place, total in zip(places, totals, strict=True):
-                    _store_inverse(e, total, scale, eps, place)
-            with is_linear:
-                for place, total in zip(places, totals, strict=True):
-                    e.store(builder.fmul(e.broadcast(scale), total), place)
+        *operands, count, sums_at, address, stride, inverse, scale, eps = args
+        store = _scores_to(e, tile, sums_at, (address, stride), (inverse, scale, eps))
+        step = _term(e, q_panels, k_panels, (*operands, _INT(0)))
+
+        sum_step, store_step = e.unrolled(step, _UNROLL), e.unrolled(store, _UNROLL)
+        whole = builder.and_(count, _INT(-_UNROLL))
+        head = builder.select(builder.icmp_signed("<", whole, _INT(e.width)), whole, _INT(e.width))
+        both = lambda i, sums: sum_step(i, store_step(i, sums))  # noqa: E731
+        sums = e.loop(_INT(0), head, e.zeros(e.width), both, _UNROLL)
+        sums = e.loop(head, whole, sums, sum_step, _UNROLL)
+        sums = e.loop(whole, count, sums, step)
+        e.loop(head, _INT(e.width), [], store)
+        for row, total in enumerate(sums):
+            e.store(total, e.at(tile, sums_at, row, 0))
         return context.get_dummy_value()
 
     integer, number = types.intp, q_panels.dtype
     numbers = (types.boolean, number, number)
-    return types.void(q_panels, integer, k_panels, integer, integer, integer, integer, *numbers), codegen
+    return types.void(q_panels, integer, k_panels, integer, integer, tile, integer, integer, *numbers), codegen
 
 
 @intrinsic
@@ -374,6 +426,16 @@ def store_vector(typingctx, rows, row, column, target, index):
 
     integer = types.intp
     return types.void(rows, integer, integer, integer, integer), codegen
+
+
+@intrinsic
+def address_of(typingctx, array):
+    """The address of its first number."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ptrtoint(_Emitter(context, builder, array, 1).at(array, args[0], *[0] * array.ndim), _INT)
+
+    return types.intp(array), codegen
 
 
 @intrinsic

@@ -17,8 +17,8 @@ from ..functions import DISTANCE, INVERSE, LAPLACIAN
 from .vector import (
     _INT,
     _Emitter,
+    _inverse,
     _itemsize,
-    _store_inverse,
     _sum_panels,
     lanes,
     panel_width,
@@ -123,7 +123,7 @@ def score_panel(typingctx, y_panels, y_index, x_panels, x_index, channels, tile,
         with builder.if_else(builder.icmp_signed("==", f, _INT(INVERSE))) as (inverse, others):
             with inverse:
                 for distance, place in zip(distances, places, strict=True):
-                    _store_inverse(e, distance, factor, epsilon, place)
+                    e.store(_inverse(e, distance, factor, epsilon), place)
             with others:
                 negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
                 signed = e.broadcast(builder.select(negative, builder.fneg(factor), factor))
@@ -146,8 +146,7 @@ def score_panel(typingctx, y_panels, y_index, x_panels, x_index, channels, tile,
 def sum_products(typingctx, a_panels, a_index, b_panels, b_index, first, count, tile, row):
     """``tile[row + r, c] += sum_e a_panels[a_index, e, r] * b_panels[b_index, e, c]``, r and c < panel width.
 
-    e runs from ``first``, upwards, over ``count`` channels, rounded up to a multiple of 4. With ``first == 0`` the tile
-    is set, not added to.
+    e runs from ``first``, upwards, over ``count`` channels. With ``first == 0`` the tile is set, not added to.
     """
 
     def codegen(context, builder, signature, args):
@@ -207,7 +206,7 @@ def _weighted_rows(vectors: int) -> Any:
 #:
 #:     out[row + r, c] = factors[lane + r] * out[row + r, c] + sum_j weights[j, lane + r] * rows[j, c],   j < count
 #:
-#: r runs over `scatter_rows`, c over 2 `lanes` channels from ``channel`` on; ``count`` is rounded up to be even.
+#: r runs over `scatter_rows`, c over 2 `lanes` channels from ``channel`` on.
 add_weighted_rows = _weighted_rows(2)
 
 #: The same for `lanes` channels.

@@ -12,7 +12,7 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
-from . import pages, threads
+from . import threads
 from .elements import DTYPE_CODES
 from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
 from .tangents import jvp, jvp_serial
@@ -32,9 +32,7 @@ def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     """Write the scores of ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
     workers = threads.count(query, terms=math.prod(plan.out_shape) * max(plan.channels, 1))
     call = _forward_call(plan, workers)
-    address = arrays.address(out)
-    pages.advise(address, math.prod(plan.out_shape) * ITEMSIZE[plan.query.dtype])
-    call.launch(arrays.address(query), arrays.address(key), address)
+    call.launch(*map(arrays.address, (query, key, out)))
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:

@@ -8,6 +8,7 @@ and results that need more than a scale or a division, go through strips of scor
 Backward: a task owns a block of rows of one gradient and runs over everything that contributes to it, in a fixed
 order, so that the result does not depend on the number of threads. ``h = grad * F'(x) * scale`` exists one tile at a
 time. Both gradients are one function: for dkey the roles of query and key are swapped, and so are the axes of h.
+Where batch entries are work enough for all threads, a task is one of them, and makes both gradients at once.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from ..functions import INVERSE, LAPLACIAN, NEGATIVE
-from .elements import apply_derivative, apply_score, load_rows, store_rows
+from ..functions import DISTANCE, INVERSE, LAPLACIAN, NEGATIVE
+from .elements import FLOAT32, FLOAT64, apply_derivative, apply_score, load_rows, store_rows
 from .jit import kernel
 from .vector import (
     address_of,
+    chain_rule,
     invert,
     lanes,
     pack,
     panel_width,
     scatter_rows,
     sign_scatter,
+    sign_scatter_both,
     sum_abs_diff,
     sum_and_score,
 )
@@ -35,6 +38,9 @@ from .vector import (
 #: Channels summed in one run of `sum_abs_diff`. A longer row is a sum of such partial sums, so that its rounding error
 #: does not grow with the number of channels.
 CHANNELS_PER_SUM = 128
+
+#: Bytes in a cache line, or more.
+CACHE_LINE = 64
 
 #: Keys in a strip of scores that are stored together, where they do not go straight to the result.
 STRIP = 64
@@ -207,6 +213,32 @@ def _load_tile(matrix, dtype, itemsize, index, batch, i0, j0, x_count, y_count, 
         load_rows(source, dtype, matrix.column, matrix.row, y_count, x_count, tile)
 
 
+@kernel()
+def _weights(grad, scores, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, anew, score, scale, s, h):
+    """h of a block of x and a block of y, with rows of x or y; returns whether it is finite.
+
+    ``s`` holds the scores if they were computed anew; otherwise it is scratch memory for them.
+    """
+    rows, columns = (x_count, y_count) if x_is_row else (y_count, x_count)
+    stride, step = (grad.row, grad.column) if x_is_row else (grad.column, grad.row)
+    saved_stride, saved_step = (scores.row, scores.column) if x_is_row else (scores.column, scores.row)
+    power = 2 if score == INVERSE else 1 if score == LAPLACIAN else 0
+    own = dtype == (FLOAT32 if h.itemsize == 4 else FLOAT64)
+    if own and columns == h.shape[1] and step == 1 and (anew or power == 0 or saved_step == 1):
+        source = _address(grad, itemsize, index, batch, i0, j0)
+        saved = source
+        if anew:
+            saved, saved_stride = address_of(s), s.shape[1]
+        elif power > 0:
+            saved = _address(scores, itemsize, index, batch, i0, j0)
+        h[rows:] = 0
+        return chain_rule(source, stride, saved, saved_stride, rows, power, scale if score == DISTANCE else -scale, h)
+    _load_tile(grad, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, h)
+    if power > 0 and not anew:
+        _load_tile(scores, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, s)
+    return apply_derivative(h, s, score, scale)
+
+
 def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, score, scalars):
     """``dx[i] = sum_j h[i, j] * sign(x[i] - y[j])``, summed also over the batch entries that share a row of x.
 
@@ -219,8 +251,7 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
     x_blocks, y_blocks = _blocks(length_x, x_block), _blocks(length_y, Y_BLOCK)
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = _blocks(channels, width) * width
-    curved = score in (INVERSE, LAPLACIAN)
-    anew = curved and scores.data == 0
+    anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
     tile_shape = (x_block, Y_BLOCK) if x_is_row else (Y_BLOCK, x_block)
     for run in prange(runs):
         x_rows, dx_rows = np.empty((x_block, padded), scalars.dtype), np.empty((x_block, padded), scalars.dtype)
@@ -245,15 +276,15 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
                 columns = min(Y_BLOCK, length_y - j0)
                 source = _address(y, itemsize, index, batch, j0, 0)
                 load_rows(source, dtype, y.row, y.column, columns, channels, y_rows)
-                _load_tile(grad, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, h)
                 if anew:
                     for p in range(Y_BLOCK // width):
                         pack(y_rows, p * width, padded, y_panels, p)
                     row_panels, column_panels = (x_panels, y_panels) if x_is_row else (y_panels, x_panels)
                     _score_tile(row_panels, column_panels, channels, strip, s, score, scalars[0], scalars[1])
-                elif curved:
-                    _load_tile(scores, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, s)
-                if apply_derivative(h, s, score, scalars[0]):
+                if _weights(
+                    *(grad, scores, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, anew, score),
+                    *(scalars[0], s, h),
+                ):
                     _scatter_finite(x_rows, y_rows, h, x_is_row, h_panels, rows, columns, dx_rows)
                 else:
                     _scatter_any(x_rows, y_rows, h, x_is_row, rows, columns, dx_rows)
@@ -261,7 +292,98 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
             store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column)
 
 
+@kernel()
+def scratch(rows, columns, like):
+    """An array of the dtype of ``like`` that begins with a cache line."""
+    numbers = np.empty(rows * columns + CACHE_LINE // like.itemsize, like.dtype)
+    first = -(address_of(numbers) // like.itemsize) % (CACHE_LINE // like.itemsize)
+    return numbers[first : first + rows * columns].reshape((rows, columns))
+
+
+@kernel()
+def add(source, target):
+    """``target += source``; NumPy's own operators become loops that do not vectorise."""
+    numbers, sums = source.ravel(), target.ravel()
+    for i in range(sums.size):
+        sums[i] += numbers[i]
+
+
+@kernel()
+def clear(target):
+    """``target[...] = 0``, likewise."""
+    numbers = target.ravel()
+    for i in range(numbers.size):
+        numbers[i] = 0
+
+
+@kernel()
+def _scatter_both(x, y, h, finite, x_count, y_count, dx, dy):
+    """`_scatter_finite` or `_scatter_any` for x, and for y; rows of h are y. ``dy`` is set, not added to."""
+    clear(dy)
+    if finite:
+        rows, step = (_ROWS4, _LANES4) if x.itemsize == 4 else (_ROWS8, _LANES8)
+        panels = h.reshape((1, h.shape[0], h.shape[1]))
+        for channel in range(0, x.shape[1], step):
+            for i in range(0, x_count, rows):
+                sign_scatter_both(x, i, y, panels, i, y_count, channel, dx, dy)
+    else:
+        _scatter_any(x, y, h, False, x_count, y_count, dx)
+        _scatter_any(y, x, h, True, y_count, x_count, dy)
+
+
+def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, runs, score, scalars):
+    """Both gradients, bit for bit as `_backward` makes them, with h and the signs computed once for both.
+
+    A task is a batch entry, which no other shares rows with. Along the rows of grad and scores runs x. ``sizes`` is
+    (batches, rows of x, rows of y, E).
+    """
+    batches, length_x, length_y, channels = sizes
+    width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
+    padded = _blocks(channels, width) * width
+    anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
+    whole_x = _blocks(length_x, Y_BLOCK) * Y_BLOCK
+    for run in prange(runs):
+        x_rows, dx_rows = scratch(whole_x, padded, scalars), scratch(whole_x, padded, scalars)
+        y_rows = scratch(Y_BLOCK, padded, scalars)
+        dy_rows, dy_part = scratch(Y_BLOCK, padded, scalars), scratch(Y_BLOCK, padded, scalars)
+        x_panels = np.empty((Y_BLOCK // width, padded, width), scalars.dtype)
+        y_panels = np.empty((Y_BLOCK // width, padded, width), scalars.dtype)
+        h, s = scratch(Y_BLOCK, Y_BLOCK, scalars), scratch(Y_BLOCK, Y_BLOCK, scalars)
+        strip, half = np.empty((width, Y_BLOCK), scalars.dtype), np.empty(dx_rows.shape, np.uint16)
+        for index in range(batches * run // runs, batches * (run + 1) // runs):
+            source = _address(x, itemsize, index, batch, 0, 0)
+            load_rows(source, dtype, x.row, x.column, length_x, channels, x_rows)
+            clear(dx_rows)
+            for i0 in range(0, length_y, Y_BLOCK):
+                rows = min(Y_BLOCK, length_y - i0)
+                source = _address(y, itemsize, index, batch, i0, 0)
+                load_rows(source, dtype, y.row, y.column, rows, channels, y_rows)
+                if anew:
+                    for p in range(Y_BLOCK // width):
+                        pack(y_rows, p * width, padded, y_panels, p)
+                clear(dy_rows)
+                for j0 in range(0, length_x, Y_BLOCK):
+                    columns = min(Y_BLOCK, length_x - j0)
+                    if anew:
+                        for p in range(Y_BLOCK // width):
+                            pack(x_rows, j0 + p * width, padded, x_panels, p)
+                        _score_tile(y_panels, x_panels, channels, strip, s, score, scalars[0], scalars[1])
+                    finite = _weights(
+                        *(grad, scores, dtype, itemsize, index, batch, i0, j0, rows, columns, True, anew, score),
+                        *(scalars[0], s, h),
+                    )
+                    x_part, dx_part = x_rows[j0 : j0 + Y_BLOCK], dx_rows[j0 : j0 + Y_BLOCK]
+                    _scatter_both(x_part, y_rows, h, finite, columns, rows, dx_part, dy_part)
+                    add(dy_part, dy_rows)
+                target = _address(dy, itemsize, index, batch, i0, 0)
+                store_rows(dy_rows, half, rows, channels, target, dtype, dy.row, dy.column)
+            target = _address(dx, itemsize, index, batch, 0, 0)
+            store_rows(dx_rows, half, length_x, channels, target, dtype, dx.row, dx.column)
+
+
 forward = kernel(parallel=True)(_forward)
 forward_serial = kernel()(_forward)
 backward = kernel(parallel=True)(_backward)
 backward_serial = kernel()(_backward)
+backward_both = kernel(parallel=True)(_backward_both)
+backward_both_serial = kernel()(_backward_both)

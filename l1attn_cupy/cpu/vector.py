@@ -24,6 +24,11 @@ _INT = ir.IntType(64)
 _LANE = ir.IntType(32)
 
 
+#: For VFIXUPIMM, of each kind of number (quiet and signalling NaN, 0, 1, -inf, inf, negative, positive, lowest digit
+#: first) what it becomes: 8 is 0, 9 is -1, 0xA is 1.
+_SIGN_TABLE = 0xA9A9A888
+
+
 @functools.lru_cache(maxsize=1)
 def register_bytes() -> int:
     """Bytes of one vector register of this machine: 64 with AVX-512, 32 with AVX, otherwise 16 (SSE, NEON)."""
@@ -108,6 +113,35 @@ class _Emitter:
         name = f"llvm.fabs.v{self.width}f{self.itemsize * 8}"
         signature = ir.FunctionType(self.vector, [self.vector])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [value])
+
+    def multiply_add(self, a, b, c):
+        """``a * b + c``, rounded once where the machine can."""
+        name = f"llvm.fmuladd.v{self.width}f{self.itemsize * 8}"
+        signature = ir.FunctionType(self.vector, [self.vector] * 3)
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [a, b, c])
+
+    def sign(self, value):
+        """1, -1, or 0, also for NaN. With AVX-512 that is one instruction, at the rate of an addition."""
+        if register_bytes() == 64 and self.width * self.itemsize == 64:
+            return self._fix_up(value, _SIGN_TABLE)
+        one, zero = (ir.Constant(self.vector, [x] * self.width) for x in (1.0, 0.0))
+        name = f"llvm.copysign.v{self.width}f{self.itemsize * 8}"
+        signature = ir.FunctionType(self.vector, [self.vector] * 2)
+        copysign = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        signed = self.builder.call(copysign, [one, value])
+        return self.builder.select(self.builder.fcmp_ordered("!=", value, zero), signed, zero)
+
+    def _fix_up(self, value, table):
+        """AVX-512's VFIXUPIMM: what each kind of number is to become, by a table of codes."""
+        letter, mask, integer = ("s", 16, 32) if self.itemsize == 4 else ("d", 8, 64)
+        name = f"llvm.x86.avx512.mask.fixupimm.p{letter}.512"
+        tables = ir.VectorType(ir.IntType(integer), self.width)
+        number = ir.IntType(32)
+        kinds = [self.vector, self.vector, tables, number, ir.IntType(mask), number]
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.vector, kinds), name)
+        every_lane, rounding = ir.IntType(mask)(-1), number(4)
+        codes = ir.Constant(tables, [table] * self.width)
+        return self.builder.call(function, [value, value, codes, number(0), every_lane, rounding])
 
     def zeros(self, n):
         return [ir.Constant(self.vector, [0.0] * self.width)] * n
@@ -364,6 +398,46 @@ def pack(typingctx, rows, row, channels, panels, index):
 
 
 @intrinsic
+def chain_rule(typingctx, grad, grad_stride, scores, scores_stride, rows, power, factor, h):
+    """``h[r] = factor * grad[r] * scores[r]**power`` for r < rows, power being 0, 1 or 2; whether all of it is finite.
+
+    ``grad`` and ``scores`` are addresses of rows as long as those of ``h``, a multiple of `lanes`; the strides between
+    them count numbers. scores is read in any case.
+    """
+
+    def codegen(context, builder, signature, args):
+        e = _Emitter(context, builder, h, lanes(_itemsize(h)))
+        *sources, n, exponent, scale, target = args
+        pointers = [builder.inttoptr(address, e.scalar.as_pointer()) for address in sources[::2]]
+        steps = context.make_array(h)(context, builder, target).shape
+        columns = builder.extract_value(steps, 1)
+        zero, one = (ir.Constant(e.vector, [x] * e.width) for x in (0.0, 1.0))
+
+        def one_row(r, checks):
+            starts = [builder.mul(r, stride) for stride in sources[1::2]]
+
+            def some(c, checks):
+                g, s = (
+                    e.load(builder.gep(pointer, [builder.add(start, c)]))
+                    for pointer, start in zip(pointers, starts, strict=True)
+                )
+                square = builder.select(builder.icmp_signed("==", exponent, _INT(2)), builder.fmul(s, s), s)
+                powered = builder.select(builder.icmp_signed("==", exponent, _INT(0)), one, square)
+                result = builder.fmul(builder.fmul(g, e.broadcast(scale)), powered)
+                e.store(result, e.at(h, target, r, c))
+                return [e.multiply_add(result, zero, checks[0])]  # 0, or NaN
+
+            return e.loop(_INT(0), columns, checks, some, e.width)
+
+        (check,) = e.loop(_INT(0), n, [zero], one_row)
+        found = builder.fcmp_unordered("uno", check, check)
+        return builder.icmp_signed("==", builder.bitcast(found, ir.IntType(e.width)), ir.IntType(e.width)(0))
+
+    integer = types.intp
+    return types.boolean(integer, integer, integer, integer, integer, integer, h.dtype, h), codegen
+
+
+@intrinsic
 def sign_scatter(typingctx, x, row, y, h, panel, column, count, channel, dx):
     """``dx[row + r, e] += sum_j h[panel, j, column + r] * sign(x[row + r, e] - y[j, e])``, j = 0..count-1 in order.
 
@@ -383,10 +457,7 @@ def sign_scatter(typingctx, x, row, y, h, panel, column, count, channel, dx):
             updated = []
             for r, (x_row, total) in enumerate(zip(x_rows, sums, strict=True)):
                 weight = e.splat(e.at(h, h_at, part, j, builder.add(offset, _INT(r))))
-                above = builder.fcmp_ordered(">", x_row, y_row)
-                below = builder.fcmp_ordered("<", x_row, y_row)
-                total = builder.select(above, builder.fadd(total, weight), total)
-                updated.append(builder.select(below, builder.fsub(total, weight), total))
+                updated.append(e.multiply_add(e.sign(builder.fsub(x_row, y_row)), weight, total))
             return updated
 
         for r, total in zip(row_numbers, e.accumulate(n, rows, step), strict=True):
@@ -396,6 +467,41 @@ def sign_scatter(typingctx, x, row, y, h, panel, column, count, channel, dx):
 
     integer = types.intp
     return types.void(x, integer, y, h, integer, integer, integer, integer, dx), codegen
+
+
+@intrinsic
+def sign_scatter_both(typingctx, x, row, y, h, column, count, channel, dx, dy):
+    """As `sign_scatter` of ``h[0]``, and the same from the side of y, one sign for both; j < count, r in order::
+
+    dx[row + r, e] += sum_j h[0, j, column + r] * sign(x[row + r, e] - y[j, e])
+    dy[j, e]       += sum_r h[0, j, column + r] * sign(y[j, e] - x[row + r, e])
+    """
+
+    def codegen(context, builder, signature, args):
+        rows = scatter_rows(_itemsize(x))
+        e = _Emitter(context, builder, x, lanes(_itemsize(x)))
+        x_at, first, y_at, h_at, offset, n, chan, out, out_y = args
+        row_numbers = [builder.add(first, _INT(r)) for r in range(rows)]
+        x_rows = [e.load(e.at(x, x_at, r, chan)) for r in row_numbers]
+
+        def step(j, sums):
+            y_row, place = e.load(e.at(y, y_at, j, chan)), e.at(dy, out_y, j, chan)
+            y_sum, updated = e.load(place), []
+            for r, (x_row, total) in enumerate(zip(x_rows, sums, strict=True)):
+                weight = e.splat(e.at(h, h_at, 0, j, builder.add(offset, _INT(r))))
+                sign = e.sign(builder.fsub(x_row, y_row))
+                updated.append(e.multiply_add(sign, weight, total))
+                y_sum = e.multiply_add(builder.fneg(sign), weight, y_sum)
+            e.store(y_sum, place)
+            return updated
+
+        for r, total in zip(row_numbers, e.accumulate(n, rows, step), strict=True):
+            place = e.at(dx, out, r, chan)
+            e.store(builder.fadd(e.load(place), total), place)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(x, integer, y, h, integer, integer, integer, dx, dy), codegen
 
 
 @intrinsic

@@ -225,10 +225,10 @@ def test_scores_backward_same_bits_wherever_a_row_sits(dtype):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_scores_backward_same_bits_in_one_pass_or_two(dtype, infinite):
     """Batch entries that share no rows may have both gradients from one pass; those that do have two."""
-    query, key, grad = testing.inputs((3, 131, 33), (3, 257, 33), dtype, ties=True)
+    query, key, grad = testing.inputs((3, 131, 33), (3, 321, 33), dtype, ties=True)
     query[1:], key[1:] = query[0], key[0]
     if infinite:
-        grad[0, 70, 70] = torch.inf
+        grad[0, 70, 300] = torch.inf
     both = l1.l1_scores_backward(grad, query, key, scale=0.3)
     shared_key = l1.l1_scores_backward(grad, query, key[:1], scale=0.3)[0]
     shared_query = l1.l1_scores_backward(grad, query[:1], key, scale=0.3)[1]

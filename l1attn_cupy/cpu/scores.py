@@ -39,6 +39,9 @@ from .vector import (
 #: does not grow with the number of channels.
 CHANNELS_PER_SUM = 128
 
+#: Rows of x, a multiple of `Y_BLOCK`, that h is made for at once where both gradients are: memory is read in long runs.
+X_BLOCK = 256
+
 #: Bytes in a cache line, or more.
 CACHE_LINE = 64
 
@@ -162,12 +165,14 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
 
 
 @kernel()
-def _score_tile(row_panels, column_panels, channels, strip, scores, score, scale, eps):
-    """Scores of a block of x against a block of y, computed anew."""
+def _score_tile(row_panels, column_panels, count, channels, strip, scores, score, scale, eps):
+    """Scores of a block of x against ``count`` panels of y, or of y against x, computed anew."""
     width = strip.shape[0]
     for p in range(scores.shape[0] // width):
-        _scores(row_panels, p, column_panels, 0, scores.shape[1] // width, channels, strip, score, scale, eps)
-        scores[p * width : (p + 1) * width] = strip
+        _scores(row_panels, p, column_panels, 0, count, channels, strip, score, scale, eps)
+        for r in range(width):
+            for c in range(count * width):
+                scores[p * width + r, c] = strip[r, c]
 
 
 @kernel()
@@ -223,8 +228,11 @@ def _weights(grad, scores, dtype, itemsize, index, batch, i0, j0, x_count, y_cou
     stride, step = (grad.row, grad.column) if x_is_row else (grad.column, grad.row)
     saved_stride, saved_step = (scores.row, scores.column) if x_is_row else (scores.column, scores.row)
     power = 2 if score == INVERSE else 1 if score == LAPLACIAN else 0
-    own = dtype == (FLOAT32 if h.itemsize == 4 else FLOAT64)
-    if own and columns == h.shape[1] and step == 1 and (anew or power == 0 or saved_step == 1):
+    own, whole = (
+        dtype == (FLOAT32 if h.itemsize == 4 else FLOAT64),
+        columns % (_LANES4 if h.itemsize == 4 else _LANES8) == 0,
+    )
+    if own and whole and step == 1 and (anew or power == 0 or saved_step == 1):
         source = _address(grad, itemsize, index, batch, i0, j0)
         saved = source
         if anew:
@@ -232,7 +240,8 @@ def _weights(grad, scores, dtype, itemsize, index, batch, i0, j0, x_count, y_cou
         elif power > 0:
             saved = _address(scores, itemsize, index, batch, i0, j0)
         h[rows:] = 0
-        return chain_rule(source, stride, saved, saved_stride, rows, power, scale if score == DISTANCE else -scale, h)
+        factor = scale if score == DISTANCE else -scale
+        return chain_rule(source, stride, saved, saved_stride, rows, columns, power, factor, h)
     _load_tile(grad, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, h)
     if power > 0 and not anew:
         _load_tile(scores, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, s)
@@ -280,7 +289,17 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
                     for p in range(Y_BLOCK // width):
                         pack(y_rows, p * width, padded, y_panels, p)
                     row_panels, column_panels = (x_panels, y_panels) if x_is_row else (y_panels, x_panels)
-                    _score_tile(row_panels, column_panels, channels, strip, s, score, scalars[0], scalars[1])
+                    _score_tile(
+                        row_panels,
+                        column_panels,
+                        tile_shape[1] // width,
+                        channels,
+                        strip,
+                        s,
+                        score,
+                        scalars[0],
+                        scalars[1],
+                    )
                 if _weights(
                     *(grad, scores, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, anew, score),
                     *(scalars[0], s, h),
@@ -317,18 +336,22 @@ def clear(target):
 
 
 @kernel()
-def _scatter_both(x, y, h, finite, x_count, y_count, dx, dy):
-    """`_scatter_finite` or `_scatter_any` for x, and for y; rows of h are y. ``dy`` is set, not added to."""
+def _scatter_both(x, y, h, column, finite, x_count, y_count, dx, dy):
+    """`_scatter_finite` or `_scatter_any` for x, and for y; rows of h are y, its columns from ``column`` on are x.
+
+    ``dy`` is set, not added to.
+    """
     clear(dy)
     if finite:
         rows, step = (_ROWS4, _LANES4) if x.itemsize == 4 else (_ROWS8, _LANES8)
         panels = h.reshape((1, h.shape[0], h.shape[1]))
         for channel in range(0, x.shape[1], step):
             for i in range(0, x_count, rows):
-                sign_scatter_both(x, i, y, panels, i, y_count, channel, dx, dy)
+                sign_scatter_both(x, i, y, panels, column + i, y_count, channel, dx, dy)
     else:
-        _scatter_any(x, y, h, False, x_count, y_count, dx)
-        _scatter_any(y, x, h, True, y_count, x_count, dy)
+        own = h[:, column : column + x_count].copy()
+        _scatter_any(x, y, own, False, x_count, y_count, dx)
+        _scatter_any(y, x, own, True, y_count, x_count, dy)
 
 
 def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, runs, score, scalars):
@@ -346,10 +369,13 @@ def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, ru
         x_rows, dx_rows = scratch(whole_x, padded, scalars), scratch(whole_x, padded, scalars)
         y_rows = scratch(Y_BLOCK, padded, scalars)
         dy_rows, dy_part = scratch(Y_BLOCK, padded, scalars), scratch(Y_BLOCK, padded, scalars)
-        x_panels = np.empty((Y_BLOCK // width, padded, width), scalars.dtype)
+        x_panels = np.empty((X_BLOCK // width, padded, width), scalars.dtype)
         y_panels = np.empty((Y_BLOCK // width, padded, width), scalars.dtype)
-        h, s = scratch(Y_BLOCK, Y_BLOCK, scalars), scratch(Y_BLOCK, Y_BLOCK, scalars)
-        strip, half = np.empty((width, Y_BLOCK), scalars.dtype), np.empty(dx_rows.shape, np.uint16)
+        # One line more in a row of h: its columns are read one by one, and would all meet in a few sets of the cache.
+        h_stride = X_BLOCK + CACHE_LINE // scalars.itemsize
+        h, s = scratch(Y_BLOCK, h_stride, scalars), scratch(Y_BLOCK, h_stride, scalars)
+        clear(s)  # what is not finite costs time, also where it is not used
+        strip, half = np.empty((width, X_BLOCK), scalars.dtype), np.empty(dx_rows.shape, np.uint16)
         for index in range(batches * run // runs, batches * (run + 1) // runs):
             source = _address(x, itemsize, index, batch, 0, 0)
             load_rows(source, dtype, x.row, x.column, length_x, channels, x_rows)
@@ -362,19 +388,22 @@ def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, ru
                     for p in range(Y_BLOCK // width):
                         pack(y_rows, p * width, padded, y_panels, p)
                 clear(dy_rows)
-                for j0 in range(0, length_x, Y_BLOCK):
-                    columns = min(Y_BLOCK, length_x - j0)
+                for j0 in range(0, length_x, X_BLOCK):
+                    columns = min(X_BLOCK, length_x - j0)
                     if anew:
-                        for p in range(Y_BLOCK // width):
+                        panels = _blocks(columns, width)
+                        for p in range(panels):
                             pack(x_rows, j0 + p * width, padded, x_panels, p)
-                        _score_tile(y_panels, x_panels, channels, strip, s, score, scalars[0], scalars[1])
+                        _score_tile(y_panels, x_panels, panels, channels, strip, s, score, scalars[0], scalars[1])
                     finite = _weights(
                         *(grad, scores, dtype, itemsize, index, batch, i0, j0, rows, columns, True, anew, score),
                         *(scalars[0], s, h),
                     )
-                    x_part, dx_part = x_rows[j0 : j0 + Y_BLOCK], dx_rows[j0 : j0 + Y_BLOCK]
-                    _scatter_both(x_part, y_rows, h, finite, columns, rows, dx_part, dy_part)
-                    add(dy_part, dy_rows)
+                    for j in range(j0, j0 + columns, Y_BLOCK):
+                        count = min(Y_BLOCK, length_x - j)
+                        x_part, dx_part = x_rows[j : j + Y_BLOCK], dx_rows[j : j + Y_BLOCK]
+                        _scatter_both(x_part, y_rows, h, j - j0, finite, count, rows, dx_part, dy_part)
+                        add(dy_part, dy_rows)
                 target = _address(dy, itemsize, index, batch, i0, 0)
                 store_rows(dy_rows, half, rows, channels, target, dtype, dy.row, dy.column)
             target = _address(dx, itemsize, index, batch, 0, 0)

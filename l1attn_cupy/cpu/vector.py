@@ -398,19 +398,17 @@ def pack(typingctx, rows, row, channels, panels, index):
 
 
 @intrinsic
-def chain_rule(typingctx, grad, grad_stride, scores, scores_stride, rows, power, factor, h):
-    """``h[r] = factor * grad[r] * scores[r]**power`` for r < rows, power being 0, 1 or 2; whether all of it is finite.
+def chain_rule(typingctx, grad, grad_stride, scores, scores_stride, rows, columns, power, factor, h):
+    """``h[r, c] = factor * grad[r, c] * scores[r, c]**power``, power being 0, 1 or 2; returns whether it is finite.
 
-    ``grad`` and ``scores`` are addresses of rows as long as those of ``h``, a multiple of `lanes`; the strides between
-    them count numbers. scores is read in any case.
+    ``grad`` and ``scores`` are addresses, the strides between rows count numbers; ``columns`` is a multiple of `lanes`.
+    scores is read in any case.
     """
 
     def codegen(context, builder, signature, args):
         e = _Emitter(context, builder, h, lanes(_itemsize(h)))
-        *sources, n, exponent, scale, target = args
+        *sources, n, columns, exponent, scale, target = args
         pointers = [builder.inttoptr(address, e.scalar.as_pointer()) for address in sources[::2]]
-        steps = context.make_array(h)(context, builder, target).shape
-        columns = builder.extract_value(steps, 1)
         zero, one = (ir.Constant(e.vector, [x] * e.width) for x in (0.0, 1.0))
 
         def one_row(r, checks):
@@ -434,7 +432,7 @@ def chain_rule(typingctx, grad, grad_stride, scores, scores_stride, rows, power,
         return builder.icmp_signed("==", builder.bitcast(found, ir.IntType(e.width)), ir.IntType(e.width)(0))
 
     integer = types.intp
-    return types.boolean(integer, integer, integer, integer, integer, integer, h.dtype, h), codegen
+    return types.boolean(*[integer] * 7, h.dtype, h), codegen
 
 
 @intrinsic

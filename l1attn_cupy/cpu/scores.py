@@ -364,18 +364,18 @@ def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, ru
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = _blocks(channels, width) * width
     anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
-    whole_x = _blocks(length_x, Y_BLOCK) * Y_BLOCK
+    whole_x, y_block = _blocks(length_x, width) * width, min(Y_BLOCK, _blocks(length_y, width) * width)
     for run in prange(runs):
         x_rows, dx_rows = scratch(whole_x, padded, scalars), scratch(whole_x, padded, scalars)
-        y_rows = scratch(Y_BLOCK, padded, scalars)
-        dy_rows, dy_part = scratch(Y_BLOCK, padded, scalars), scratch(Y_BLOCK, padded, scalars)
+        y_rows = scratch(y_block, padded, scalars)
+        dy_rows, dy_part = scratch(y_block, padded, scalars), scratch(y_block, padded, scalars)
         x_panels = np.empty((X_BLOCK // width, padded, width), scalars.dtype)
-        y_panels = np.empty((Y_BLOCK // width, padded, width), scalars.dtype)
+        y_panels = np.empty((y_block // width, padded, width), scalars.dtype)
         # One line more in a row of h: its columns are read one by one, and would all meet in a few sets of the cache.
         h_stride = X_BLOCK + CACHE_LINE // scalars.itemsize
-        h, s = scratch(Y_BLOCK, h_stride, scalars), scratch(Y_BLOCK, h_stride, scalars)
+        h, s = scratch(y_block, h_stride, scalars), scratch(y_block, h_stride, scalars)
         clear(s)  # what is not finite costs time, also where it is not used
-        strip, half = np.empty((width, X_BLOCK), scalars.dtype), np.empty(dx_rows.shape, np.uint16)
+        strip, half = np.empty((width, X_BLOCK), scalars.dtype), np.empty((max(whole_x, y_block), padded), np.uint16)
         for index in range(batches * run // runs, batches * (run + 1) // runs):
             source = _address(x, itemsize, index, batch, 0, 0)
             load_rows(source, dtype, x.row, x.column, length_x, channels, x_rows)
@@ -385,7 +385,7 @@ def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, ru
                 source = _address(y, itemsize, index, batch, i0, 0)
                 load_rows(source, dtype, y.row, y.column, rows, channels, y_rows)
                 if anew:
-                    for p in range(Y_BLOCK // width):
+                    for p in range(y_block // width):
                         pack(y_rows, p * width, padded, y_panels, p)
                 clear(dy_rows)
                 for j0 in range(0, length_x, X_BLOCK):

@@ -144,7 +144,7 @@ class _Emitter:
         return self.builder.call(function, [value, value, codes, number(0), every_lane, rounding])
 
     def zeros(self, n):
-        return [ir.Constant(self.vector, [0.0] * self.width)] * n
+        return [ir.Constant(self.vector, None)] * n
 
     def accumulate(self, count, n, step, unroll=1):
         """``for i in range(count): sums = step(i, sums)``, from ``n`` vectors of zeros, ``unroll`` steps a turn."""

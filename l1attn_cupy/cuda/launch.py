@@ -146,8 +146,10 @@ def _scores_backward(
     args = np.zeros((), _SCORES_BACKWARD)
     args["channels"] = plan.channels
     _fill_options(args, plan)
-    sides = (("dq", plan.query, plan.key, need_query), ("dk", plan.key, plan.query, need_key))
-    blocks = [_fill_gradient(args[field], plan, variant, x, y, grad, saved, need) for field, x, y, need in sides]
+    sides = (("dq", True, need_query), ("dk", False, need_key))
+    blocks = [
+        _fill_gradient(args[field], plan, variant, of_query, grad, saved, need) for field, of_query, need in sides
+    ]
     places = []
     for side, own, other in (("dq", "query", "key"), ("dk", "key", "query")):
         start = _offset(_SCORES_BACKWARD, side)
@@ -165,13 +167,13 @@ def _fill_gradient(
     args: np.ndarray,
     plan: Plan,
     variant: Variant,
-    x: ArraySpec,
-    y: ArraySpec,
+    of_query: bool,
     grad: ArraySpec,
     saved: ArraySpec,
     needed: bool,
 ) -> int:
     """Arguments for one gradient; returns how many blocks it takes. Atomic kernels use the lengths in any case."""
+    x, y = (plan.query, plan.key) if of_query else (plan.key, plan.query)
     args["batch_shape"] = 1
     if not needed and not variant.atomic:
         return 0
@@ -182,7 +184,7 @@ def _fill_gradient(
     args["kept"] = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if not sum_over)
     args["summed"] = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
     args["length_x"], args["length_y"] = x.shape[-2], y.shape[-2]
-    args["x_is_row"] = x is plan.query
+    args["x_is_row"] = of_query
     if variant.atomic:
         tiles = _tiles(plan.length_q, variant, "BLOCK_Q") * _tiles(plan.length_k, variant, "BLOCK_K")
     else:

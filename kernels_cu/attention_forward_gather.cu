@@ -10,9 +10,9 @@
 //
 // One query, or a few, take the time of reading the keys and values, which are read once here too: the default for them.
 //
-// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=64 THREADS=64 rank=31 max_q=4 max_v=64
-// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=128 THREADS=128 rank=30 max_q=4
-// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=128 THREADS=128 rank=1
+// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=64 THREADS=64 SPLIT_BLOCKS=1536 rank=31 max_q=4 max_v=64
+// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=128 THREADS=128 SPLIT_BLOCKS=1536 rank=30 max_q=4
+// @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=128 THREADS=128 SPLIT_BLOCKS=1536 rank=1
 
 const int AT_ONCE = sizeof(acc_t) == 8 ? 2 : 4;  // keys that a warp reads at once, as it waits for each
 static_assert(BLOCK_K % AT_ONCE == 0, "a tile is a whole number of such groups");

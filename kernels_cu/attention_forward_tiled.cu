@@ -2,88 +2,154 @@
 // Computes  out[b,i,c] = sum_j p[b,i,j] * v[b,j,c],  p = exp(s - max_j s) / sum_j exp(s - max_j s);  softmax[b,i] = both
 //           s[b,i,j] = F(scale * sum_k |q[b,i,k] - k[b,j,k]|) + mask[b,i,j]
 // Shapes    q (B,L,E)  k (B,S,E)  v (B,S,V)  mask (B,L,S)  out (B,L,V)  softmax (B,L,2); strides in elements, int64
-// Tiling    BLOCK_Q queries and BLOCK_V channels of v per block; keys in tiles of TILE_K, their scores as in
-//           scores_forward_tiled.cu, E in chunks of BLOCK_E; then v in parts of TILE_V keys
+// Tiling    BLOCK_Q queries and BLOCK_V channels of v per block; keys in tiles of TILE_K, E in chunks of BLOCK_E, v in
+//           parts of TILE_V keys. A thread has OWN_Q x OWN_K scores of a tile, and outputs of the same queries
 //           With p.splits > 1 a block takes a share of the keys, and attention_merge joins them: see struct Split
 // Cost      2*B*L*S*E adds and B*L*S*V multiply-adds, the scores again for every BLOCK_V channels; memory linear in L
-// Delta     like attention_forward_gather.cu, but scores, weights and sums of a tile of queries are shared and reused, and
-//           with 16-bit numbers tensor cores (from sm_80 on) form p @ v. Tiles that causality or the window rules out
-//           are not computed. One order of summation: the same bits in every run
+// Delta     like attention_forward_gather.cu, but tiles of q, k and v are reused, and the next chunk is on its way while
+//           one is summed, also the first one of the next tile. Weights stay in the registers in which their scores were
+//           summed: that is how tensor cores (from sm_80 on) take them, but for the order of keys, which is that of v then.
+//           Tiles that causality or the window rules out are not computed. One order of summation: the same bits in every
+//           run
 //
-// Weights stay float32 for the tensor cores: they take each as the sum of two 16-bit numbers. Float16 has too few small
-// numbers for that, so there weights are WEIGHT_SCALE times as large until the end.
+// Tensor cores take numbers of fewer bits: each float32 is two of them, what rounding takes away being the second. Of
+// float16 there are too few small ones for that, so there weights are WEIGHT_SCALE times as large until the end.
 //
-// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64,128 TILE_K=64 TILE_V=64,32 BLOCK_E=16 BLOCK_V=64 THREADS=128,256 BLOCKS_PER_SM=3,2,4 rank=20 max_v=64
-// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 THREADS=128 BLOCKS_PER_SM=2,3 rank=19
-// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64,128 TILE_K=64 TILE_V=64,32 BLOCK_E=16 BLOCK_V=64 THREADS=128,256 BLOCKS_PER_SM=3,2,4 rank=20 max_v=64
-// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64 TILE_K=64 TILE_V=64 BLOCK_E=16 BLOCK_V=128 THREADS=128 BLOCKS_PER_SM=2,3 rank=19
-// @variant  op=attention_forward dtypes=f64 BLOCK_Q=32 TILE_K=32 TILE_V=32 BLOCK_E=8 BLOCK_V=32 THREADS=128 BLOCKS_PER_SM=2 rank=20
+// Blocks share the keys of a tile of queries where that makes no more than SPLIT_BLOCKS blocks.
+//
+// @variant  op=attention_forward dtypes=f32 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2,4 SHARED=51712 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
+// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2,4 SHARED=60416 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
+// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2,4 SHARED=47616 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
+// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2,4 SHARED=52224 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
+// @variant  op=attention_forward dtypes=f64 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=8 BLOCK_V=32 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=1 SHARED=29952 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20
 
-const int ACROSS = 8, DOWN = THREADS / ACROSS;              // threads along a row and a column of a tile of scores
-const int OWN_Q = BLOCK_Q / DOWN, OWN_K = TILE_K / ACROSS;  // scores of a thread
-const int OWN_V = BLOCK_V / ACROSS;
-const int SUMMED = 32;  // channels after which a new sum is begun: exp makes absolute errors of a score relative ones
+const int WARPS = THREADS / 32, DOWN = 8, ACROSS = 4;  // threads of a warp along a column and a row of its scores
+const int WARP_Q = BLOCK_Q / WARPS, OWN_Q = WARP_Q / DOWN, OWN_K = TILE_K / ACROSS, OWN_V = BLOCK_V / ACROSS;
+const int GROUP_Q = OWN_Q < VEC ? OWN_Q : VEC, GROUP_V = STEP_V / ACROSS;  // neighbours among them
+const int STEP = GROUP_V / 2;  // channels of v whose sums tensor cores form at once
+const int SUMMED = 4;  // channels that are summed before they come to a sum: a chain of sums rounds more
 const acc_t WEIGHT_SCALE = DTYPE == F16 ? 32768 : 1;
-static_assert(ACROSS == 8 && THREADS % 32 == 0, "three shuffles join what the threads of a row have");
-static_assert(BLOCK_Q % DOWN == 0 && TILE_K % ACROSS == 0 && BLOCK_V % ACROSS == 0, "all threads own as many");
-static_assert(OWN_Q % VEC == 0 && OWN_K % VEC == 0 && OWN_V % VEC == 0, "shared memory is read 128 bits at a time");
-static_assert(TILE_K % TILE_V == 0 && TILE_V % VEC == 0, "a tile is a whole number of parts");
+static_assert(THREADS % 32 == 0 && BLOCK_Q % (WARPS * DOWN) == 0, "all threads own as many queries");
+static_assert(OWN_Q % GROUP_Q == 0 && OWN_K % VEC == 0 && OWN_V % GROUP_V == 0, "threads own groups of neighbours");
+static_assert(GROUP_V % VEC == 0 && BLOCK_E % SUMMED == 0, "shared memory is read 128 bits at a time");
+static_assert(TILE_K % TILE_V == 0 && TILE_V % (ACROSS * VEC) == 0, "a tile is a whole number of parts");
 
-typedef acc_t Weights[BLOCK_Q][TILE_K + 8];  // the extra 8 spread the rows over the banks
+struct Memory {
+    alignas(16) typename Transposed<BLOCK_Q, BLOCK_E>::Shared q_chunks[Q_CHUNKS];
+    alignas(16) typename Transposed<TILE_K, BLOCK_E>::Shared k_chunks[2];
+    alignas(16) typename Straight<TILE_V, BLOCK_V>::Shared values;
+};
+static_assert(sizeof(Memory) <= SHARED, "SHARED bytes hold all of it");
+typedef acc_t Scores[OWN_Q][OWN_K];
 typedef Straight<TILE_V, BLOCK_V> Value;
-typedef Value::Shared Values;
 
-// A thread's sums of weights * v, and of which queries and channels of the tile they are: rows of groups of VEC.
-struct Outputs {
-#if TENSOR_CORES
-    static const int TILES = BLOCK_Q / (THREADS / 2);  // of 16 queries, of each warp
-    static const int ROWS = 2 * TILES, COLUMNS = BLOCK_V / 4;
-    static_assert(BLOCK_Q % (THREADS / 2) == 0 && BLOCK_V % 16 == 0 && TILE_V % 16 == 0, "whole tiles for every warp");
-    __device__ __forceinline__ static int row(int r) {
-        return (threadIdx.x / 32 * TILES + r / 2) * 16 + r % 2 * 8 + threadIdx.x % 32 / 4;
-    }
-    __device__ __forceinline__ static int column(int c) { return c / 4 * 16 + threadIdx.x % 4 * 4 + c % 4; }
-#else
-    static const int ROWS = OWN_Q, COLUMNS = OWN_V;
-    __device__ __forceinline__ static int row(int r) { return r * DOWN + threadIdx.x / ACROSS; }
-    __device__ __forceinline__ static int column(int c) {
-        return c / VEC * VEC * ACROSS + threadIdx.x % ACROSS * VEC + c % VEC;
-    }
-#endif
-    acc_t sum[ROWS][COLUMNS];
+// Which of a tile a thread owns: its r-th query, its c-th key, its c-th channel of v. Keys and channels as thread t of a row.
+__device__ __forceinline__ int query(int r) {
+    return threadIdx.x / 32 * WARP_Q + r / GROUP_Q * GROUP_Q * DOWN + threadIdx.x % 32 / ACROSS * GROUP_Q + r % GROUP_Q;
+}
+__device__ __forceinline__ int key(int c, int t) { return c / VEC * VEC * ACROSS + t * VEC + c % VEC; }
+__device__ __forceinline__ int channel(int c, int t) { return c / GROUP_V * GROUP_V * ACROSS + t * GROUP_V + c % GROUP_V; }
 
-    __device__ __forceinline__ void scale(const acc_t *factors) {
+// Adds |q - k| over the channels of a chunk, SUMMED at a time.
+__device__ __forceinline__ void sum_distances(Scores &sum, const typename Transposed<BLOCK_Q, BLOCK_E>::Shared &q,
+                                              const typename Transposed<TILE_K, BLOCK_E>::Shared &k) {
+#pragma unroll UNROLL
+    for (int e0 = 0; e0 < BLOCK_E; e0 += SUMMED) {
+        acc_t qs[SUMMED][OWN_Q], ks[SUMMED][OWN_K];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            const acc_t factor = factors[row(r)];
+        for (int e = 0; e < SUMMED; ++e) {
+            read<DOWN>(qs[e], q[e0 + e] + threadIdx.x / 32 * WARP_Q, threadIdx.x % 32 / ACROSS);
+            read<ACROSS>(ks[e], k[e0 + e], threadIdx.x % ACROSS);
+        }
 #pragma unroll
-            for (int c = 0; c < COLUMNS; ++c) sum[r][c] *= factor;
+        for (int r = 0; r < OWN_Q; ++r) {
+#pragma unroll
+            for (int c = 0; c < OWN_K; ++c) {
+                acc_t d[SUMMED];
+#pragma unroll
+                for (int e = 0; e < SUMMED; ++e) d[e] = absolute(qs[e][r] - ks[e][c]);
+#pragma unroll
+                for (int step = 1; step < SUMMED; step *= 2) {
+#pragma unroll
+                    for (int e = 0; e < SUMMED; e += 2 * step) d[e] += d[e + step];
+                }
+                sum[r][c] += d[0];
+            }
         }
     }
-    // weights[:, j0:j0+TILE_V] @ values, all numbers of which are finite or belong to keys that are not ruled out.
-    __device__ __forceinline__ void add(const Weights &weights, const Values &values, int j0) {
-#if TENSOR_CORES
-        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll 1
-        for (int j = 2 * t; j < TILE_V; j += 16) {
-            unsigned high[TILES][4], low[TILES][4];
+}
+
+// A thread's sums of weights * v.
+struct Outputs {
+    acc_t sum[OWN_Q][OWN_V];
+
+    __device__ __forceinline__ void scale(int r, acc_t factor) {
 #pragma unroll
-            for (int n = 0; n < 4 * TILES; ++n) {
-                const acc_t *from = &weights[row(n / 4 * 2 + n % 2)][j0 + j + n % 4 / 2 * 8];
-                const Rounded rounded(from[0], from[1]);
+        for (int c = 0; c < OWN_V; ++c) sum[r][c] *= factor;
+    }
+    // += weights[:, part:part+TILE_V] @ values, all numbers of which are finite or belong to keys that are not ruled out.
+    __device__ __forceinline__ void add(Scores &weights, const typename Value::Shared &values, int part) {
+#if !TENSOR_CORES
+        add_by_key<false>(weights, values, part);
+#else
+        const int lane = threadIdx.x % 32, g = lane / ACROSS, t = lane % ACROSS;
+#if DTYPE == F32
+        // Of products of two numbers of two parts each, all but the smallest of the four. Tensor cores round sums down, so
+        // they add up only a few.
+#pragma unroll
+        for (int c = 0; c < OWN_V; c += GROUP_V) {
+#if !defined(L1ATTN_EMULATOR) && TILE_K > 32  // rounded again for each c: there are not the registers to keep it
+#pragma unroll
+            for (int n = 0; n < OWN_Q * OWN_K; ++n) asm volatile("" : "+f"(weights[n / OWN_K][n % OWN_K]));
+#endif
+            acc_t some[OWN_Q][GROUP_V] = {};
+#pragma unroll
+            for (int j = 0; j < TILE_V / ACROSS; j += 2) {  // keys j and j + 1 of each thread
+                unsigned high[OWN_Q / 2][4], low[OWN_Q / 2][4];
+#pragma unroll
+                for (int n = 0; n < 4 * (OWN_Q / 2); ++n) {
+                    const Rounded rounded(weights[n / 4 * 2 + n % 2][part / ACROSS + j + n % 4 / 2]);
+                    high[n / 4][n % 4] = rounded.high, low[n / 4][n % 4] = rounded.low;
+                }
+                acc_t v[2][STEP];  // of STEP neighbouring channels
+                read<1>(v[0], values[key(j, t)] + c * ACROSS, g);
+                read<1>(v[1], values[key(j + 1, t)] + c * ACROSS, g);
+#pragma unroll
+                for (int m = 0; m < STEP; ++m) {
+                    const Rounded b0(v[0][m]), b1(v[1][m]);
+#pragma unroll
+                    for (int n = 0; n < OWN_Q / 2; ++n) {
+                        acc_t *up = some[2 * n] + m, *down = some[2 * n + 1] + m;
+                        multiply_add(up[0], up[STEP], down[0], down[STEP], low[n], b0.high, b1.high);
+                        multiply_add(up[0], up[STEP], down[0], down[STEP], high[n], b0.low, b1.low);
+                        multiply_add(up[0], up[STEP], down[0], down[STEP], high[n], b0.high, b1.high);
+                    }
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < OWN_Q * GROUP_V; ++n) sum[n / GROUP_V][c + n % GROUP_V] += some[n / GROUP_V][n % GROUP_V];
+        }
+#else
+#pragma unroll
+        for (int j = 0; j < TILE_V / ACROSS; j += 4) {  // keys j up to j + 3 of each thread
+            unsigned high[OWN_Q / 2][4], low[OWN_Q / 2][4];
+#pragma unroll
+            for (int n = 0; n < 4 * (OWN_Q / 2); ++n) {
+                const acc_t *pair = &weights[n / 4 * 2 + n % 2][part / ACROSS + j + n % 4 / 2 * 2];
+                const Rounded rounded(pair[0], pair[1]);
                 high[n / 4][n % 4] = rounded.high, low[n / 4][n % 4] = rounded.low;
             }
 #pragma unroll
-            for (int c = 0; c < COLUMNS; c += 4) {  // two products of 8 channels: the even ones of 16, and the odd
+            for (int c = 0; c < OWN_V; c += 4) {  // two products of 8 channels: the even ones of 16, and the odd
                 unsigned v[4];                      // channels 2g and 2g + 1 of four keys
 #pragma unroll
-                for (int n = 0; n < 4; ++n) v[n] = *(const unsigned *)&values[j + n / 2 * 8 + n % 2][c * 4 + 2 * g];
+                for (int n = 0; n < 4; ++n) v[n] = *(const unsigned *)&values[key(j + n, t)][c * ACROSS + 2 * g];
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
                     const int halves = odd ? 0x7632 : 0x5410;
                     const unsigned b0 = __byte_perm(v[0], v[1], halves), b1 = __byte_perm(v[2], v[3], halves);
 #pragma unroll
-                    for (int n = 0; n < TILES; ++n) {
+                    for (int n = 0; n < OWN_Q / 2; ++n) {
                         acc_t *up = sum[2 * n] + c + odd, *down = sum[2 * n + 1] + c + odd;
                         multiply_add(up[0], up[2], down[0], down[2], low[n], b0, b1);
                         multiply_add(up[0], up[2], down[0], down[2], high[n], b0, b1);
@@ -91,72 +157,65 @@ struct Outputs {
                 }
             }
         }
-#else
-#pragma unroll 2
-        for (int j = 0; j < TILE_V; j += VEC) {
-            Vec w[ROWS];
+#endif
+#endif
+    }
+    // The same key by key; EXACTLY: by the formula, whatever the values are: those of keys that are ruled out do not count.
+    template <bool EXACTLY>
+    __device__ __forceinline__ void add_by_key(const Scores &weights, const typename Value::Shared &values, int part) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) w[r] = *(const Vec *)&weights[row(r)][j0 + j];
+        for (int c = 0; c < TILE_V / ACROSS; ++c) {
+#pragma unroll 1
+            for (int t = 0; t < ACROSS; ++t) {
+                const scalar_t *value = values[key(c, t)];
+                acc_t weight[OWN_Q];
 #pragma unroll
-            for (int n = 0; n < VEC; ++n) {
+                for (int r = 0; r < OWN_Q; ++r) {
+                    weight[r] = __shfl_sync(0xffffffff, weights[r][part / ACROSS + c], lane / ACROSS * ACROSS + t);
+                }
 #pragma unroll
-                for (int c = 0; c < COLUMNS; c += VEC) {
-                    const Store v = *(const Store *)&values[j + n][column(c)];
+                for (int n = 0; n < OWN_V; n += VEC) {
+                    const Store v = *(const Store *)&value[channel(n, lane % ACROSS)];
 #pragma unroll
                     for (int x = 0; x < VEC; ++x) {
 #pragma unroll
-                        for (int r = 0; r < ROWS; ++r) {
-                            sum[r][c + x] = multiply_add(w[r].at[n], to_acc(v.at[x]), sum[r][c + x]);
+                        for (int r = 0; r < OWN_Q; ++r) {
+                            if (EXACTLY && is_ruled_out(weight[r])) continue;
+                            sum[r][n + x] = multiply_add(weight[r], to_acc(v.at[x]), sum[r][n + x]);
                         }
                     }
                 }
             }
         }
-#endif
-    }
-    // The same by the formula, whatever the values are: those of keys that are ruled out do not count.
-    __device__ __forceinline__ void add_exactly(const Weights &weights, const Values &values, int j0) {
-#pragma unroll 1
-        for (int j = 0; j < TILE_V; ++j) {
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                const acc_t weight = weights[row(r)][j0 + j];
-                if (is_ruled_out(weight)) continue;
-#pragma unroll
-                for (int c = 0; c < COLUMNS; ++c) sum[r][c] += weight * to_acc(values[j][column(c)]);
-            }
-        }
     }
 };
 
-// A thread's part of the softmax of its OWN_Q queries. `total` is of this thread's keys alone until join().
+// Distances of a tile become masked scores: -inf where the mask or their place rules keys out.
+__device__ __forceinline__ void mask_scores(Scores &scores, const Attention &a, int b, int i0, int j0) {
+    compute_again(b);
+    const int64 mask = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
+#pragma unroll
+    for (int r = 0; r < OWN_Q; ++r) {
+        const int i = i0 + query(r), first = first_key(a, i), after = i < a.length_q ? end_of_keys(a, i) : 0;
+#pragma unroll
+        for (int c = 0; c < OWN_K; ++c) {
+            const int j = j0 + key(c, threadIdx.x % ACROSS);
+            const int64 place = mask + i * a.mask.row_stride + j * a.mask_column;
+            scores[r][c] = j < first || j >= after ? -infinity() : masked_at(a, place, scores[r][c]);
+        }
+    }
+}
+
+// A thread's part of the softmax of its queries. `total` is of this thread's keys alone until join().
 struct Rows {
     acc_t largest[OWN_Q], total[OWN_Q];
 
-    // The query of the tile that is the thread's r-th, and its c-th key.
-    __device__ __forceinline__ static int query(int r) {
-        return r / VEC * VEC * DOWN + threadIdx.x / ACROSS * VEC + r % VEC;
-    }
-    __device__ __forceinline__ static int key(int c) {
-        return c / VEC * VEC * ACROSS + threadIdx.x % ACROSS * VEC + c % VEC;
-    }
-
-    // What the mask adds to this thread's scores, -inf where it or their place rules keys out, to where their weights will
-    // be. There are not the registers to hold it.
-    __device__ __forceinline__ static void fetch_mask(Weights &added, const Attention &a, int64 mask, int i0, int j0) {
-#pragma unroll 1
-        for (int r = 0; r < OWN_Q; ++r) {
-            const int i = i0 + query(r), first = first_key(a, i), after = i < a.length_q ? end_of_keys(a, i) : 0;
-#pragma unroll
-            for (int c = 0; c < OWN_K; ++c) {
-                const int j = j0 + key(c);
-                const int64 place = mask + i * a.mask.row_stride + j * a.mask_column;
-                added[query(r)][key(c)] = j < first || j >= after ? -infinity() : masked_at(a, place, 0);
-            }
-        }
-    }
-    // Weights of one more tile, from its masked scores, and what to multiply former sums by.
-    __device__ __forceinline__ void add(acc_t (&scores)[OWN_Q][OWN_K], Weights &weights, acc_t *factors) {
+    // Masked scores of one more tile become weights, of which SOME may be of keys that are ruled out.
+    template <bool SOME>
+    __device__ __forceinline__ void add(Scores &scores, Outputs &outputs) {
+        acc_t factors[OWN_Q];
+        bool more = false;
 #pragma unroll
         for (int r = 0; r < OWN_Q; ++r) {
             acc_t most = scores[r][0];
@@ -166,40 +225,33 @@ struct Rows {
             for (int step = 1; step < ACROSS; step *= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, step));
             most = max(most, largest[r]);
             const acc_t subtracted = most == -infinity() ? 0 : most;  // no key so far: 0, not NaN
-            const acc_t factor = quick_exponential(largest[r] - subtracted);
+            factors[r] = quick_exponential(largest[r] - subtracted);
+            more = more || most != largest[r];
             largest[r] = most;
             acc_t sum = 0;
 #pragma unroll
-            for (int c = 0; c < OWN_K; c += VEC) {
-                Vec group;
-#pragma unroll
-                for (int n = 0; n < VEC; ++n) {
-                    const acc_t weight = quick_exponential(scores[r][c + n] - subtracted);
-                    sum += weight;
-                    group.at[n] = scores[r][c + n] == -infinity() ? ruled_out() : weight * WEIGHT_SCALE;
-                }
-                *(Vec *)&weights[query(r)][key(c)] = group;
+            for (int c = 0; c < OWN_K; ++c) {
+                const acc_t weight = quick_exponential(scores[r][c] - subtracted) * WEIGHT_SCALE;
+                sum += weight;
+                scores[r][c] = SOME && scores[r][c] == -infinity() ? ruled_out() : weight;
             }
-            total[r] = total[r] * factor + sum;
-            if (threadIdx.x % ACROSS == 0) factors[query(r)] = factor;
+            total[r] = total[r] * factors[r] + sum;
         }
+        if (!__any_sync(0xffffffff, more)) return;  // all factors are 1
+#pragma unroll
+        for (int r = 0; r < OWN_Q; ++r) outputs.scale(r, factors[r]);
     }
     // All parts of each row together.
     __device__ __forceinline__ Softmax join(int r) const {
         Softmax softmax = {largest[r], total[r]};
 #pragma unroll
         for (int step = 1; step < ACROSS; step *= 2) softmax.total += __shfl_xor_sync(0xffffffff, softmax.total, step);
+        softmax.total /= WEIGHT_SCALE;
         return softmax;
     }
 };
 
-#if !defined(L1ATTN_EMULATOR) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ == 800 && TENSOR_CORES || __CUDA_ARCH__ >= 1200)
-const int BLOCKS = BLOCKS_PER_SM < 2 ? BLOCKS_PER_SM : 2;  // there the code takes more registers
-#else
-const int BLOCKS = BLOCKS_PER_SM;
-#endif
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(const AttentionForward p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_forward(const AttentionForward p) {
     const Attention &a = p.a;
     const unsigned v_blocks = max(1, ceil_div(a.channels_v, BLOCK_V)), q_blocks = ceil_div(a.length_q, BLOCK_Q);
     const Split split(p);
@@ -209,124 +261,123 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     const int q_count = min(a.length_q - i0, BLOCK_Q), v_count = min(a.channels_v - c0, BLOCK_V);
     const scalar_t *q = matrix(a.q, a.batch_shape, b) + i0 * a.q.row_stride;  // q[b, i0:i0+BLOCK_Q, :]
     const scalar_t *k = matrix(a.k, a.batch_shape, b), *v = matrix(a.v, a.batch_shape, b) + c0;
-    const int64 mask = a.mask_kind == NO_MASK ? 0 : offset(a.mask, a.batch_shape, b);
-    const bool regular = a.channels % BLOCK_E == 0 && a.channels > 0 && aligned_rows(q, a.q.row_stride) &&
-                         aligned_rows(k, a.k.row_stride);
+    const bool regular = q_count == BLOCK_Q && a.channels % BLOCK_E == 0 && a.channels > 0 &&
+                         aligned_rows(q, a.q.row_stride) && aligned_rows(k, a.k.row_stride);
 
-    __shared__ alignas(16) union {  // first the one, then the other
-        struct {
-            typename Transposed<BLOCK_Q, BLOCK_E>::Shared q[2];
-            typename Transposed<TILE_K, BLOCK_E>::Shared k[2];
-        } chunks;
-        Weights weights;
-    } tiles;
-    __shared__ alignas(16) Values values;
-    __shared__ acc_t factors[BLOCK_Q];
+    extern __shared__ int4 memory[];
+    Memory &shared = *(Memory *)memory;
+    auto &q_chunks = shared.q_chunks;
+    auto &k_chunks = shared.k_chunks;
+    auto &values = shared.values;
     Transposed<BLOCK_Q, BLOCK_E> q_next;
     Transposed<TILE_K, BLOCK_E> k_next;
-    Outputs outputs;
+    Outputs outputs = {};
     Rows rows;
-#pragma unroll
-    for (int n = 0; n < Outputs::ROWS * Outputs::COLUMNS; ++n) {
-        outputs.sum[n / Outputs::COLUMNS][n % Outputs::COLUMNS] = 0;
-    }
 #pragma unroll
     for (int r = 0; r < OWN_Q; ++r) rows.largest[r] = -infinity(), rows.total[r] = 0;
 
-    // Keys that all queries of the tile attend to, by their place; those from j0 up to `end` some of them.
+    // Keys that all queries of the tile attend to, by their place; those from `first` up to `end` some of them.
     const int all_first = first_key(a, i0 + q_count - 1), all_end = end_of_keys(a, i0);
     int first = first_key(a, i0), end = end_of_keys(a, i0 + q_count - 1);
     split.narrow(first, end, TILE_K, p.splits);
-    for (int j0 = first; j0 < end; j0 += TILE_K) {
-        const scalar_t *k_from = k + j0 * a.k.row_stride;
-        const int k_count = min(a.length_k - j0, TILE_K);
-        const bool whole = regular && q_count == BLOCK_Q && k_count == TILE_K;
-        q_next.fetch(tiles.chunks.q[0], q, a.q.row_stride, q_count, a.channels, whole);
-        k_next.fetch(tiles.chunks.k[0], k_from, a.k.row_stride, k_count, a.channels, whole);
-        q_next.put(tiles.chunks.q[0]);
-        k_next.put(tiles.chunks.k[0]);
-        __syncthreads();  // the first chunk is there
-        Value::fetch(values, v + j0 * a.v.row_stride, a.v.row_stride, k_count, v_count);
+    const bool resident = a.channels <= Q_CHUNKS * BLOCK_E;  // all of q is in shared memory
+    const auto place = [&](int now, int e0) { return resident ? e0 / BLOCK_E : now; };  // of a chunk of q
+    const auto fetch = [&](int now, int j0, int e0) {  // chunk e0 of the tile of keys j0
+        const bool whole = regular && a.length_k - j0 >= TILE_K;
+        const scalar_t *q_from = q, *k_from = k;  // what is the same for all tiles would take registers from the sums
+        int64 q_stride = a.q.row_stride, k_stride = a.k.row_stride;
+        compute_again(q_from, q_stride);
+        compute_again(k_from, k_stride);
+        if (!resident || j0 == first) {
+            q_next.fetch(q_chunks[place(now, e0)], q_from + e0, q_stride, q_count, a.channels - e0, whole);
+        }
+        k_next.fetch(k_chunks[now], k_from + j0 * k_stride + e0, k_stride, a.length_k - j0, a.channels - e0, whole);
+    };
+    const auto put = [&](int now, int j0, int e0) {
+        if (!resident || j0 == first) q_next.put(q_chunks[place(now, e0)]);
+        k_next.put(k_chunks[now]);
+    };
+    const auto fetch_values = [&](int j) {  // from row j on
+        const scalar_t *v_from = v;
+        int64 v_stride = a.v.row_stride;
+        compute_again(v_from, v_stride);
+        Value::fetch(values, v_from + j * v_stride, v_stride, a.length_k - j, v_count);
+    };
+    const auto values_are_there = [&] {  // and whether all of them are finite
+        wait_async();
+        return __syncthreads_and(Value::finite(values));
+    };
+    if (first < end) {
+        fetch(0, first, 0);
+        put(0, first, 0);
+    }
+    __syncthreads();  // the first chunk is there
+    for (int j0 = first, now = 0; j0 < end; j0 += TILE_K) {
+        // All are done with the former values since the last barrier.
+        fetch_values(j0);
+        Scores scores = {};
+        bool fast = false;
+        for (int e0 = 0;; e0 += BLOCK_E) {
+            const bool last = e0 + BLOCK_E >= a.channels;
+            if (!last) {  // the next chunk is on the way while the sums below are formed
+                fetch(now ^ 1, j0, e0 + BLOCK_E);
+            } else if (j0 + TILE_K < end) {
+                fetch(now ^ 1, j0 + TILE_K, 0);
+            }
+            sum_distances(scores, q_chunks[place(now, e0)], k_chunks[now]);
+            if (last && e0 > 0) break;
+            if (!last) put(now ^ 1, j0, e0 + BLOCK_E);
+            if (e0 == 0) fast = values_are_there();
+            if (last) break;
+            if (e0 > 0) __syncthreads();  // the next chunk is there, and all are done with this one
+            now ^= 1;
+        }
 
-        acc_t scores[OWN_Q][OWN_K] = {}, sums[OWN_Q][OWN_K] = {};
-        for (int e0 = BLOCK_E, now = 0;; e0 += BLOCK_E, now ^= 1) {
-            const bool more = e0 < a.channels;
-            if (more) {  // the next chunk is on the way while the sums below are formed
-                q_next.fetch(tiles.chunks.q[now ^ 1], q + e0, a.q.row_stride, q_count, a.channels - e0, whole);
-                k_next.fetch(tiles.chunks.k[now ^ 1], k_from + e0, a.k.row_stride, k_count, a.channels - e0, whole);
-            }
-#pragma unroll 4
-            for (int e = 0; e < BLOCK_E; ++e) {
-                acc_t qs[OWN_Q], ks[OWN_K];
-                read<DOWN>(qs, tiles.chunks.q[now][e], threadIdx.x / ACROSS);
-                read<ACROSS>(ks, tiles.chunks.k[now][e], threadIdx.x % ACROSS);
-#pragma unroll
-                for (int r = 0; r < OWN_Q; ++r) {
-#pragma unroll
-                    for (int c = 0; c < OWN_K; ++c) sums[r][c] += absolute(qs[r] - ks[c]);
-                }
-            }
-            if (!more || e0 % SUMMED == 0) {
+        apply_score((acc_t(&)[OWN_Q * OWN_K])scores, a.score, a.scale, a.eps);
+        if (a.mask_kind != NO_MASK || j0 < all_first || j0 + TILE_K > all_end) {  // keys are ruled out
+            mask_scores(scores, a, b, i0, j0);
+            rows.template add<true>(scores, outputs);
+        } else {
+            if (a.score == NEGATIVE) {
 #pragma unroll
                 for (int n = 0; n < OWN_Q * OWN_K; ++n) {
-                    scores[n / OWN_K][n % OWN_K] += sums[n / OWN_K][n % OWN_K];
-                    sums[n / OWN_K][n % OWN_K] = 0;
+                    acc_t &score = scores[n / OWN_K][n % OWN_K];
+                    score = score == -infinity() ? FARTHEST : score;
                 }
             }
-            if (!more) break;
-            q_next.put(tiles.chunks.q[now ^ 1]);  // was last read before the last barrier
-            k_next.put(tiles.chunks.k[now ^ 1]);
-            __syncthreads();  // the next chunk is there, and all are done with this one
+            rows.template add<false>(scores, outputs);
         }
-
-        const bool some = a.mask_kind != NO_MASK || j0 < all_first || j0 + TILE_K > all_end;  // keys are ruled out
-        __syncthreads();  // all are done with the chunks, whose place the weights take
-        if (some) rows.fetch_mask(tiles.weights, a, mask, i0, j0);
 #pragma unroll
-        for (int r = 0; r < OWN_Q; ++r) {
-            apply_score(scores[r], a.score, a.scale, a.eps);
-#pragma unroll
-            for (int c = 0; c < OWN_K; ++c) {
-                scores[r][c] = with_mask(scores[r][c], some ? tiles.weights[rows.query(r)][rows.key(c)] : 0);
-            }
-        }
-        rows.add(scores, tiles.weights, factors);
         for (int part = 0; part < TILE_K; part += TILE_V) {
             if (part > 0) {
                 __syncthreads();  // all are done with the last part
-                Value::fetch(values, v + (j0 + part) * a.v.row_stride, a.v.row_stride, k_count - part, v_count);
+                fetch_values(j0 + part);
+                fast = values_are_there();
             }
-            wait_async();
-            // In tensor cores infinity would meet what rounding took away, 0 perhaps.
-            const bool simple = (!some && !TENSOR_CORES) || Value::finite(values);
-            const bool fast = __syncthreads_and(simple);  // weights and v are there
-            if (part == 0) outputs.scale(factors);
             if (fast) {
-                outputs.add(tiles.weights, values, part);
+                outputs.add(scores, values, part);
             } else {
-                outputs.add_exactly(tiles.weights, values, part);
+                outputs.template add_by_key<true>(scores, values, part);
             }
         }
-        __syncthreads();  // all are done with the tile
+        if (j0 + TILE_K < end) put(now ^ 1, j0 + TILE_K, 0);
+        __syncthreads();  // the next tile's first chunk is there, and all are done with this tile
+        now ^= 1;
     }
 
+    const int64 out = offset(p.out, a.batch_shape, b) + c0;
 #pragma unroll
     for (int r = 0; r < OWN_Q; ++r) {
         Softmax softmax = rows.join(r);
         if (p.splits == 1) softmax.finish();
-        if (threadIdx.x % ACROSS != 0) continue;
-        factors[rows.query(r)] = (p.splits == 1 ? softmax.factor() : 1) / WEIGHT_SCALE;
-        if (c0 == 0 && rows.query(r) < q_count) split.store(p, b, i0 + rows.query(r), softmax);
-    }
-    __syncthreads();  // one over each row's sum of weights is there
-    outputs.scale(factors);
+        outputs.scale(r, (p.splits == 1 ? softmax.factor() : 1) / WEIGHT_SCALE);
+        if (query(r) >= q_count) continue;
+        const int i = i0 + query(r);
+        if (c0 == 0 && threadIdx.x % ACROSS == 0) split.store(p, b, i, softmax);
 #pragma unroll
-    for (int r = 0; r < Outputs::ROWS; ++r) {
-        if (outputs.row(r) >= q_count) continue;
-#pragma unroll
-        for (int c = 0; c < Outputs::COLUMNS; ++c) {
-            const int i = i0 + outputs.row(r), column = outputs.column(c);
-            if (column < v_count) split.store(p, b, i, c0 + column, outputs.sum[r][c]);
+        for (int c = 0; c < OWN_V; c += GROUP_V) {
+            const int column = channel(c, threadIdx.x % ACROSS);
+            split.template store<GROUP_V>(p, out, i, column, outputs.sum[r] + c, v_count - column);
         }
     }
 }

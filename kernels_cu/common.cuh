@@ -181,8 +181,17 @@ __device__ __forceinline__ float reciprocal(float x) {  // one instruction, at m
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
-// exp in three instructions. To its 2 ulp comes what rounds x * log2(e): less than what rounding a score of that size does.
-__device__ __forceinline__ float quick_exponential(float x) { return exp2f(x * 1.4426950408889634f); }
+// exp in two instructions. To its 2 ulp comes what rounds x * log2(e): less than what rounding a score of that size does.
+__device__ __forceinline__ float quick_exponential(float x) {  // 0 where exp(x) is denormal
+    x *= 1.4426950408889634f;
+#ifdef L1ATTN_EMULATOR
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
 __device__ __forceinline__ double quick_exponential(double x) { return exp(x); }
 __device__ __forceinline__ bool finite(acc_t x) { return x - x == 0; }
 
@@ -376,6 +385,20 @@ struct Split {
     __device__ __forceinline__ void store(const AttentionForward &p, int b, int i, int c, acc_t x) const {
         store_out(p.out, p.a.batch_shape, p.unrounded, b, i, c + index * p.out_split, x);
     }
+    // N outputs of query i that follow on each other, of which `count` exist.
+    template <int N>
+    __device__ __forceinline__ void store(const AttentionForward &p, int64 matrix, int i, int c, const acc_t *x, int count) const {
+        const int64 place = matrix + index * p.out_split + i * p.out.row_stride + c;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            if (n >= count) break;
+            if (p.unrounded) {
+                ((acc_t *)p.out.data)[place + n] = x[n];
+            } else {
+                ((scalar_t *)p.out.data)[place + n] = to_scalar(x[n]);
+            }
+        }
+    }
 };
 
 // p and ds of query i and key j, by a warp, and the score without the mask. Returns whether the key is left: where it is
@@ -414,6 +437,9 @@ struct alignas(16) Load {
 };
 struct alignas(16) Vec {
     acc_t at[VEC];
+};
+struct alignas(8) HalfVec {
+    acc_t at[VEC / 2];
 };
 struct alignas(VEC * sizeof(scalar_t)) Store {  // a Vec in the dtype of the arrays
     scalar_t at[VEC];
@@ -538,6 +564,59 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
     __syncwarp();
 #endif
 }
+#elif DTYPE == F32 && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
+#define TENSOR_CORES 1
+
+// A number as tensor cores take it, its first 11 bits, and what rounding took away: they ignore the last 13 bits.
+struct Rounded {
+    unsigned high, low;
+
+    __device__ __forceinline__ explicit Rounded(float x)
+        : high((__float_as_uint(x) + 0x1000) & 0xffffe000), low(__float_as_uint(x - __uint_as_float(high))) {}
+};
+
+// The same with its first 11 bits not rounded, in one instruction less.
+struct Cut {
+    unsigned high, low;
+
+    __device__ __forceinline__ explicit Cut(float x)
+        : high(__float_as_uint(x)), low(__float_as_uint(x - __uint_as_float(high & 0xffffe000))) {}
+};
+
+// c += a @ b for matrices of 16 x 8 and 8 x 8 numbers, spread over a warp. With g = lane / 4 and t = lane % 4, a lane has
+// of a:  rows g (a[0], a[2]) and g + 8 (a[1], a[3]), columns t (a[0], a[1]) and t + 4 (a[2], a[3])
+// of b:  column g, rows t (b0) and t + 4 (b1)
+// of c:  rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1
+__device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, float &c3, const unsigned (&a)[4],
+                                             unsigned b0, unsigned b1) {
+#ifndef L1ATTN_EMULATOR
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    struct alignas(8) Part {
+        unsigned at[6];
+    };
+    __shared__ Part parts[THREADS];
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    Part *warp = parts + (threadIdx.x - lane);
+    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
+    __syncwarp();
+    float *const c[4] = {&c0, &c1, &c2, &c3};
+    for (int from = 0; from < 4; ++from) {
+        const Part rows = warp[g * 4 + from];
+        for (int column = 0; column < 2; ++column) {
+            const Part b = warp[(2 * t + column) * 4 + from];
+            for (int n = 0; n < 4; ++n) {  // n / 2: row g or g + 8; n % 2: row t or t + 4 of b
+                const float x = __uint_as_float(rows.at[n / 2 + n % 2 * 2] & 0xffffe000);
+                const float y = __uint_as_float(b.at[4 + n % 2] & 0xffffe000);
+                *c[n / 2 * 2 + column] += x * y;
+            }
+        }
+    }
+    __syncwarp();
+#endif
+}
 #else
 #define TENSOR_CORES 0
 #endif
@@ -546,6 +625,12 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
 __device__ __forceinline__ void compute_again(const scalar_t *&address, int64 &stride) {
 #ifndef L1ATTN_EMULATOR
     asm volatile("" : "+l"(address), "+l"(stride));
+#endif
+}
+
+__device__ __forceinline__ void compute_again(int &x) {
+#ifndef L1ATTN_EMULATOR
+    asm volatile("" : "+r"(x));
 #endif
 }
 
@@ -630,23 +715,30 @@ struct Straight {
             }
         }
     }
-    // Whether all that this thread fetched, and waited for, is finite.
+    // Whether all that this thread fetched, and waited for, is finite, and so far from infinity that rounding to fewer bits
+    // does not lead there.
     __device__ __forceinline__ static bool finite(const Shared &values) {
-        acc_t zero = 0;
+        acc_t sum = 0;
 #pragma unroll
         for (int n = 0; n < MINE; ++n) {
             const int place = threadIdx.x + n * THREADS;
             const Load numbers = *(const Load *)&values[place / GROUPS][place % GROUPS * LOAD];
 #pragma unroll
-            for (int i = 0; i < LOAD; ++i) zero = multiply_add(to_acc(numbers.at[i]), 0, zero);
+            for (int i = 0; i < LOAD; ++i) sum += absolute(to_acc(numbers.at[i]));
         }
-        return zero == 0;
+        return sum < LARGE;
     }
 };
 
 // A thread's numbers of one channel: groups of VEC neighbours, APART * VEC apart, so that a warp reads without conflicts.
 template <int APART, int N>
 __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int place) {
+    if (N == VEC / 2) {  // one group of half as many
+        const HalfVec v = *(const HalfVec *)(channel + place * N);
+#pragma unroll
+        for (int i = 0; i < N; ++i) mine[i] = v.at[i];
+        return;
+    }
 #pragma unroll
     for (int n = 0; n < N; n += VEC) {
         const Vec v = *(const Vec *)(channel + n * APART + place * VEC);

@@ -180,7 +180,8 @@ def test_list_has_every_variant(capsys, folder):
     assert status == 0, text
     for variant in registry.variants():
         row = next(line for line in text.splitlines() if line.startswith(f"{variant.path.name}:{variant.line} "))
-        resources = machine_code.assemble(machine_code.compile_ptx(variant, variant.dtypes[0]))[1]
+        ptx = machine_code.compile_ptx(variant, variant.dtypes[0])
+        resources = machine_code.assemble(ptx, shared=variant.shared)[1]
         words = row.split()
         chosen = {f"{key}={value}" for key, value in variant.parameters.items() if key not in variant.choices}
         below = [line for line in text.splitlines() if re.match(rf"{variant.name}:{variant.line} ", line)]
@@ -231,7 +232,9 @@ def test_list_without_tools(capsys, folder, no_tools):
         (Resources(32, 0, 0, 47 << 10), 128, "86", 2, "shared memory"),
         (Resources(16, 0, 0, 0), 32, "90", 32, "blocks"),
         (Resources(255, 0, 0, 0), 1024, "90", 0, "registers"),
-        (Resources(32, 0, 0, 49 << 10), 128, "90", 0, "50176 bytes of shared memory a block, at most 49152"),
+        (Resources(32, 0, 0, 60 << 10), 128, "90", 3, "shared memory"),
+        (Resources(32, 0, 0, 64 << 10), 128, "75", 1, "shared memory"),
+        (Resources(32, 0, 0, 100 << 10), 128, "86", 0, "102400 bytes of shared memory a block, at most 101376"),
         (Resources(32, 0, 0, 0), 2048, "90", 0, "2048 threads a block, at most 1024"),
     ],
 )

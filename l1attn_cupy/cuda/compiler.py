@@ -27,16 +27,16 @@ def missing() -> str:
 
 def kernel(launch: Launch, device: int) -> Any:
     """The compiled kernel of ``launch`` for the current device, compiled at most once for each text of its file."""
-    return _compile(launch.source, launch.variant.op, launch.defines, device)
+    return _compile(launch.source, launch.variant.op, launch.defines, launch.shared, device)
 
 
 @functools.lru_cache(maxsize=512)
-def _compile(text: str, entry: str, defines: tuple[tuple[str, int], ...], device: int) -> Any:
+def _compile(text: str, entry: str, defines: tuple[tuple[str, int], ...], shared: int, device: int) -> Any:
     import cupy
 
     options = OPTIONS + tuple(f"-D{name}={value}" for name, value in defines)
     try:
-        return cupy.RawModule(code=text, options=options, backend="nvrtc").get_function(entry)
+        function = cupy.RawModule(code=text, options=options, backend="nvrtc").get_function(entry)
     except cupy.cuda.compiler.CompileException as error:
         architecture = cupy.cuda.Device(device).compute_capability
         raise KernelError(
@@ -51,3 +51,18 @@ def _compile(text: str, entry: str, defines: tuple[tuple[str, int], ...], device
             f"CuPy cannot compile CUDA code here: {error}. NVRTC and the CUDA headers come with "
             "pip install 'l1attn_cupy[cuda12]' or 'l1attn_cupy[cuda13]'; the kernel cache is CUPY_CACHE_DIR"
         ) from error
+    if shared:
+        _allow_shared(function, entry, shared)
+    return function
+
+
+def _allow_shared(function: Any, entry: str, shared: int) -> None:
+    """Let the kernel have more shared memory than the 48 KiB that every kernel may have."""
+    import cupy
+
+    try:
+        function.max_dynamic_shared_size_bytes = shared
+    except cupy.cuda.driver.CUDADriverError as error:
+        raise KernelError(
+            f"the kernel {entry} has SHARED={shared}, more bytes of shared memory than a block can have here: {error}"
+        ) from None

@@ -84,6 +84,11 @@ class Launch:
         """Threads in a block."""
         return self.variant.parameters["THREADS"]
 
+    @property
+    def shared(self) -> int:
+        """As `Variant.shared`."""
+        return self.variant.shared
+
     def arguments(self, addresses: Mapping[str, int]) -> bytearray:
         """The argument struct; an array that is not there has address 0."""
         struct_bytes = bytearray(self.template)

@@ -19,9 +19,9 @@ from .registry import Variant
 NO_MASK, BOOLEAN, ADDITIVE = range(3)
 _MOST = 2**31 - 1
 
-#: Splits of the keys give a call at most so many blocks, and blocks at least so many keys. They depend on sizes alone,
-#: so that every device comes to the same bits.
-SPLIT_BLOCKS, SPLIT_KEYS = 1536, 128
+#: Splits of the keys give a call at most SPLIT_BLOCKS blocks, as the variant's line says, and blocks at least so many
+#: keys. They depend on sizes alone, so that every device comes to the same bits.
+SPLIT_KEYS = 128
 _SHARES = 8
 
 _ATTENTION = np.dtype(
@@ -140,7 +140,10 @@ def _splits(_generation: int, plan: AttentionPlan) -> int:
     keys = (
         plan.length_k if UNLIMITED in plan.window else min(plan.length_k, left + variant.parameters["BLOCK_Q"] + right)
     )
-    return max(1, min(SPLIT_BLOCKS // _blocks(plan, variant), -(-keys // SPLIT_KEYS)))
+    most = variant.parameters.get("SPLIT_BLOCKS", 1)
+    if (left == UNLIMITED) != (right == UNLIMITED):  # causal: of unequal tiles more are needed for a balance
+        most *= 2
+    return max(1, min(most // _blocks(plan, variant), -(-keys // SPLIT_KEYS)))
 
 
 def _fill_parts(args: np.ndarray, plan: AttentionPlan) -> None:

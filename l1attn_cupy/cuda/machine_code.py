@@ -60,7 +60,7 @@ class Resources:
     stack : int
         Bytes of local memory of each thread: what is spilled, and arrays that are indexed at run time.
     shared : int
-        Bytes of static shared memory of each block.
+        Bytes of shared memory of each block.
     """
 
     registers: int
@@ -103,16 +103,16 @@ def compile_ptx(variant: Variant, dtype: str, arch: str = "90") -> str:
 def compile_native(variant: Variant, dtype: str, arch: str = "90") -> Resources:
     """What NVRTC itself reports of the machine code that it makes: the code that CuPy would load."""
     _ptx, log = _compile(variant, dtype, f"sm_{arch}", "--ptxas-options=-v")
-    return _resources(log)
+    return _resources(log, variant.shared)
 
 
-def assemble(ptx: str, arch: str = "90") -> tuple[bytes, Resources]:
-    """The cubin that ptxas makes of ``ptx``, and what it reports."""
+def assemble(ptx: str, arch: str = "90", shared: int = 0) -> tuple[bytes, Resources]:
+    """The cubin that ptxas makes of ``ptx``, and what it reports; ``shared`` is what a launch adds (`Variant.shared`)."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         report = _run([_tool("ptxas"), "-v", f"-arch=sm_{arch}", source, "-o", cubin])
-        return cubin.read_bytes(), _resources(report)
+        return cubin.read_bytes(), _resources(report, shared)
 
 
 def disassemble(cubin: bytes) -> list[Instruction]:
@@ -141,15 +141,15 @@ def _compile(variant: Variant, dtype: str, target: str, *more: str) -> tuple[str
         nvrtc.destroyProgram(program)
 
 
-def _resources(report: str) -> Resources:
-    """From the lines that ``ptxas -v`` prints."""
+def _resources(report: str, shared: int) -> Resources:
+    """From the lines that ``ptxas -v`` prints, and the bytes of shared memory that a launch adds."""
 
     def number(pattern: str) -> int:
         return sum(int(found) for found in re.findall(rf"(\d+) {pattern}", report))
 
     if "registers" not in report:
         raise RuntimeError(f"ptxas reported no registers:\n{report}")
-    return Resources(number("registers"), number("bytes spill"), number("bytes stack"), number("bytes smem"))
+    return Resources(number("registers"), number("bytes spill"), number("bytes stack"), number("bytes smem") + shared)
 
 
 def _run(command: Sequence[str | Path]) -> str:
@@ -423,7 +423,7 @@ class Profile:
 
 def profile(variant: Variant, dtype: str, arch: str = "90") -> Profile:
     """Compile, assemble, disassemble, and find the hot loop."""
-    cubin, resources = assemble(compile_ptx(variant, dtype, arch), arch)
+    cubin, resources = assemble(compile_ptx(variant, dtype, arch), arch, variant.shared)
     return Profile(resources, hot_loop(disassemble(cubin)))
 
 

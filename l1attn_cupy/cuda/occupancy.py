@@ -39,7 +39,6 @@ MULTIPROCESSORS = {
 }
 
 REGISTERS, REGISTER_STEP, SHARED_STEP = 64 << 10, 8, 128
-STATIC_SHARED = 48 << 10  # bytes that a block may declare
 MOST_THREADS = 1024
 
 
@@ -66,8 +65,8 @@ def occupancy(resources: Resources, threads: int, arch: str) -> Occupancy:
     warps = -(-threads // 32)
     if threads > MOST_THREADS:
         return Occupancy(0, 0, 0.0, f"{threads} threads a block, at most {MOST_THREADS}")
-    if resources.shared > STATIC_SHARED:
-        return Occupancy(0, 0, 0.0, f"{resources.shared} bytes of shared memory a block, at most {STATIC_SHARED}")
+    if resources.shared > (most := chip.shared - chip.reserved):
+        return Occupancy(0, 0, 0.0, f"{resources.shared} bytes of shared memory a block, at most {most}")
     of_a_warp = 32 * _up(resources.registers, REGISTER_STEP)
     rooms = {
         "threads": chip.threads // (32 * warps),

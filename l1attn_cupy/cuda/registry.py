@@ -66,6 +66,11 @@ class Variant:
         """Whether several blocks add to one output, which must then be zero and of the accumulation dtype."""
         return self.parameters.get("ATOMIC", 0) == 1
 
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block that its launch adds, for what a kernel declares `extern __shared__`."""
+        return self.parameters.get("SHARED", 0)
+
     def fits(self, dtype: str, sizes: Mapping[str, int]) -> bool:
         """Whether this variant is for ``dtype`` and for ``sizes``, which has the keys q, k, e and, for attention, v."""
         within = (

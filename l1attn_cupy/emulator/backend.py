@@ -41,7 +41,15 @@ def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -
     limit = float(os.environ.get("L1ATTN_EMULATOR_TIME_LIMIT", "600"))
     kernel = _kernel(launch.source, launch.variant.op, launch.defines)
     arguments = bytes(launch.arguments(addresses))
-    kernel.launch(launch.grid, launch.threads, arguments, memory=memory, seed=next(_seeds), time_limit=limit)
+    kernel.launch(
+        launch.grid,
+        launch.threads,
+        arguments,
+        shared_bytes=launch.shared,
+        memory=memory,
+        seed=next(_seeds),
+        time_limit=limit,
+    )
 
 
 @functools.lru_cache(maxsize=512)

@@ -76,7 +76,7 @@ def costs(variant: Variant, dtype: str, arch: str = ARCH) -> Costs:
 
 
 def _compute(variant: Variant, dtype: str, arch: str) -> Costs:
-    cubin, resources = machine_code.assemble(machine_code.compile_ptx(variant, dtype, arch), arch)
+    cubin, resources = machine_code.assemble(machine_code.compile_ptx(variant, dtype, arch), arch, variant.shared)
     threads = variant.parameters["THREADS"]
     try:
         loop = machine_code.hot_loop(machine_code.disassemble(cubin))

@@ -564,6 +564,9 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
     __syncwarp();
 #endif
 }
+__device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_add(c[0], c[1], c[2], c[3], a, b0, b1);
+}
 #elif DTYPE == F32 && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
 #define TENSOR_CORES 1
 
@@ -617,6 +620,52 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
     __syncwarp();
 #endif
 }
+
+// Two numbers rounded to bfloat16, x in the lower half of the word.
+__device__ __forceinline__ unsigned bfloat16_pair(float x, float y) {
+#ifdef L1ATTN_EMULATOR
+    const unsigned words[2] = {__float_as_uint(x), __float_as_uint(y)};
+    unsigned rounded[2];
+    for (int n = 0; n < 2; ++n) rounded[n] = (words[n] + 0x7fff + (words[n] >> 16 & 1)) >> 16;
+    return rounded[1] << 16 | rounded[0];
+#else
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+#endif
+}
+__device__ __forceinline__ float first_of_pair(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float second_of_pair(unsigned pair) { return __uint_as_float(pair & 0xffff0000); }
+
+// The same of pairs of bfloat16 numbers: with them as columns of a, and rows of b, for the columns and rows above.
+__device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#ifndef L1ATTN_EMULATOR
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    struct alignas(8) Part {
+        unsigned at[6];
+    };
+    __shared__ Part parts[THREADS];
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    Part *warp = parts + (threadIdx.x - lane);
+    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
+    __syncwarp();
+    for (int from = 0; from < 4; ++from) {
+        const Part rows = warp[g * 4 + from];
+        for (int column = 0; column < 2; ++column) {
+            const Part b = warp[(2 * t + column) * 4 + from];
+            for (int n = 0; n < 4; ++n) {  // n / 2: row g or g + 8; n % 2: which pair of b
+                const unsigned x = rows.at[n / 2 + n % 2 * 2], y = b.at[4 + n % 2];
+                c[n / 2 * 2 + column] += first_of_pair(x) * first_of_pair(y);
+                c[n / 2 * 2 + column] += second_of_pair(x) * second_of_pair(y);
+            }
+        }
+    }
+    __syncwarp();
+#endif
+}
 #else
 #define TENSOR_CORES 0
 #endif
@@ -625,6 +674,7 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
 __device__ __forceinline__ void compute_again(const scalar_t *&address, int64 &stride) {
 #ifndef L1ATTN_EMULATOR
     asm volatile("" : "+l"(address), "+l"(stride));
+    __builtin_assume(__isGlobal(address));
 #endif
 }
 

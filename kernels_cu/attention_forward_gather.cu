@@ -16,6 +16,7 @@
 
 const int AT_ONCE = sizeof(acc_t) == 8 ? 2 : 4;  // keys that a warp reads at once, as it waits for each
 static_assert(BLOCK_K % AT_ONCE == 0, "a tile is a whole number of such groups");
+static_assert(SPLIT_BLOCKS >= 1, "how far keys are split: see struct Split");
 static_assert(BLOCK_Q == 1, "a block holds one query");
 static_assert(BLOCK_K == 32, "a lane of the first warp owns one key of a tile");
 static_assert(BLOCK_V == THREADS && THREADS % 32 == 0, "a thread owns one channel of v; whole warps, for the shuffles");

@@ -15,7 +15,8 @@
 // Tensor cores take numbers of fewer bits: each float32 is two of them, what rounding takes away being the second. Of
 // float16 there are too few small ones for that, so there weights are WEIGHT_SCALE times as large until the end.
 //
-// Blocks share the keys of a tile of queries where that makes no more than SPLIT_BLOCKS blocks.
+// Blocks share the keys of a tile of queries where that makes no more than SPLIT_BLOCKS blocks: two for each of 132
+// multiprocessors.
 //
 // @variant  op=attention_forward dtypes=f32 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2,4 SHARED=51712 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
 // @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2,4 SHARED=60416 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
@@ -32,6 +33,7 @@ const acc_t WEIGHT_SCALE = DTYPE == F16 ? 32768 : 1;
 static_assert(THREADS % 32 == 0 && BLOCK_Q % (WARPS * DOWN) == 0, "all threads own as many queries");
 static_assert(OWN_Q % GROUP_Q == 0 && OWN_K % VEC == 0 && OWN_V % GROUP_V == 0, "threads own groups of neighbours");
 static_assert(GROUP_V % VEC == 0 && BLOCK_E % SUMMED == 0, "shared memory is read 128 bits at a time");
+static_assert(SPLIT_BLOCKS >= 1, "how far keys are split: see struct Split");
 static_assert(TILE_K % TILE_V == 0 && TILE_V % (ACROSS * VEC) == 0, "a tile is a whole number of parts");
 
 struct Memory {
@@ -305,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
     };
     const auto values_are_there = [&] {  // and whether all of them are finite
         wait_async();
-        return __syncthreads_and(Value::finite(values));
+        return __syncthreads_and(Value::finite(values));  // the values are there, and the next chunk
     };
     if (first < end) {
         fetch(0, first, 0);

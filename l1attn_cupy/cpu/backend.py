@@ -12,7 +12,7 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
-from . import pages, threads
+from . import pages, quantized, threads
 from .elements import DTYPE_CODES
 from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
 from .tangents import jvp, jvp_serial
@@ -35,6 +35,16 @@ def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     address = arrays.address(out)
     pages.advise(address, math.prod(plan.out_shape) * ITEMSIZE[plan.query.dtype])
     call.launch(arrays.address(query), arrays.address(key), address)
+
+
+def scores_quantized(plan: Plan, query: Any, key: Any, quant_scale: Any | None, out: Any) -> None:
+    """Write the scores of 8-bit ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
+    workers = threads.count(query, terms=math.prod(plan.out_shape) * max(plan.channels, 1))
+    call = _quantized_call(plan, workers)
+    address = arrays.address(out)
+    pages.advise(address, math.prod(plan.out_shape) * ITEMSIZE[plan.out_dtype])
+    scale_at = 0 if quant_scale is None else arrays.address(quant_scale)
+    call.launch(arrays.address(query), arrays.address(key), scale_at, address)
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
@@ -85,6 +95,16 @@ def _forward_call(plan: Plan, workers: int) -> _Call:
 
 
 @functools.lru_cache(maxsize=1024)
+def _quantized_call(plan: Plan, workers: int) -> _Call:
+    out = contiguous(plan.query, plan.out_shape)
+    batch, matrices = _lay_out([plan.query, plan.key, plan.quant_scale or out, out], plan.batch, range(len(plan.batch)))
+    sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
+    common = batch, sizes, _forward_blocks(plan, sizes, workers), *_score(plan)
+    kernel = quantized.forward if workers > 1 else quantized.forward_serial
+    return _Call(kernel, workers, matrices, (plan.query.dtype == "int8", *common))
+
+
+@functools.lru_cache(maxsize=1024)
 def _tangent_call(
     plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec, workers: int
 ) -> _Call:
@@ -128,9 +148,15 @@ def _lay_out(
 
 def _common(plan: Plan, batch: np.ndarray, sizes: Shape, blocks: tuple) -> tuple:
     """The arguments that both kernels take after the matrices."""
-    dtype, options = plan.query.dtype, plan.options
-    scalars = np.array([options.scale, options.eps], np.float64 if dtype == "float64" else np.float32)
-    return DTYPE_CODES[dtype], ITEMSIZE[dtype], batch, sizes, blocks, SCORES[options.score], scalars
+    dtype = plan.query.dtype
+    return DTYPE_CODES[dtype], ITEMSIZE[dtype], batch, sizes, blocks, *_score(plan)
+
+
+def _score(plan: Plan) -> tuple[int, np.ndarray]:
+    """Code of the score, and the scalars scale and eps in the type of accumulation."""
+    options = plan.options
+    scalars = np.array([options.scale, options.eps], np.float64 if plan.query.dtype == "float64" else np.float32)
+    return SCORES[options.score], scalars
 
 
 def _panel(dtype: str, channels: int) -> tuple[int, int]:

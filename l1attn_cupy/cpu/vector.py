@@ -131,7 +131,7 @@ class _Emitter:
 
         builder.position_at_end(done)
         totals = [builder.phi(self.vector) for _ in range(n)]
-        zero = ir.Constant(self.vector, [0.0] * self.width)
+        zero = ir.Constant(self.vector, None)
         for before, after, total in zip(sums, updated, totals, strict=True):
             before.add_incoming(zero, entry)
             before.add_incoming(after, body)

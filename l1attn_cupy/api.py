@@ -175,7 +175,7 @@ def variants(op: str | None = None) -> list[Any]:
     Parameters
     ----------
     op : str, optional
-        "scores_forward", "scores_backward", "scores_jvp", "attention_forward", "attention_merge",
+        "scores_forward", "scores_quantized", "scores_backward", "scores_jvp", "attention_forward", "attention_merge",
         "attention_backward" or "attention_mask_gradient"; by default all.
 
     Returns

@@ -15,7 +15,7 @@ from .plan import ArraySpec, Options, Shape
 UNLIMITED = -1
 
 #: Arrays that may be None.
-OPTIONAL = ("attn_mask", "grad_lse")
+OPTIONAL = ("attn_mask", "grad_lse", "quant_scale")
 
 #: First query, end of the queries, first key and end of the keys of each sequence of a batch, (sequences, 4).
 Segments = np.ndarray

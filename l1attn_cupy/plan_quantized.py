@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from . import plan, plan_attention
 from .plan import QUANTIZED, ArraySpec, Plan, Shape
+from .plan_attention import AttentionOptions, AttentionPlan
 
 #: Channels whose largest distance, 255 for each, a 32-bit sum holds.
 MOST_CHANNELS = 2**23
+
+#: Dtypes of value beside 8-bit query and key.
+VALUES = ("float16", "bfloat16", "float32")
+
+
+class Quantized(NamedTuple):
+    """What there is to 8-bit query and key beside the plan of attention, which has them as if of value's dtype.
+
+    ``quant_scale`` is a (*batch, 1, 1) as kernels see it.
+    """
+
+    dtype: str
+    quant_scale: ArraySpec | None
 
 
 def is_quantized(query: Any, key: Any, quant_scale: Any | None) -> bool:
@@ -64,6 +79,32 @@ def check_bytes(query: ArraySpec, key: ArraySpec) -> None:
     _check_alike(query, key)
     if query.shape[-1] > MOST_CHANNELS:
         raise ValueError(f"query must have a head_dim of at most {MOST_CHANNELS} in {query.dtype}, got {query.shape}")
+
+
+def attention(specs: Sequence[ArraySpec | None], options: AttentionOptions) -> tuple[AttentionPlan, Quantized]:
+    """Check a call of `l1_attention` with 8-bit query and key, value, mask and quant_scale."""
+    return _attention(*specs, options)
+
+
+@functools.lru_cache(maxsize=64)
+def _attention(
+    query: ArraySpec,
+    key: ArraySpec,
+    value: ArraySpec,
+    mask: ArraySpec | None,
+    quant_scale: ArraySpec | None,
+    options: AttentionOptions,
+) -> tuple[AttentionPlan, Quantized]:
+    check_bytes(query, key)
+    plan.check_array("value", value, dtypes=VALUES)
+    if mask is not None and mask.dtype not in ("bool", value.dtype):
+        raise TypeError(f"attn_mask must be bool or have value's dtype ({value.dtype}), got {mask.dtype}")
+    as_value = [spec._replace(dtype=value.dtype) for spec in (query, key)]
+    call = plan_attention.attention([*as_value, value, mask], options)
+    if quant_scale is not None:
+        check_quant_scale(quant_scale, query, call.batch[:-1] if call.groups else call.batch)
+        quant_scale = call.seen_by_kernels("key", quant_scale)
+    return call, Quantized(query.dtype, quant_scale)
 
 
 def check_quant_scale(quant_scale: ArraySpec, query: ArraySpec, batch: Shape) -> None:

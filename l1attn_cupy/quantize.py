@@ -76,14 +76,17 @@ def quantize_for_l1(query: Any, key: Any, *, dtype: str = "int8", enable_gqa: bo
     q, k = arrays.accept("query", query), arrays.accept("key", key)
     if not _is_traced(q):  # there torch raises errors of its own
         plan_quantized.quantize(arrays.describe(q), arrays.describe(k), dtype, enable_gqa)
-    plan_quantized.check_no_gradient(query=_is_tracked(q), key=_is_tracked(k))
-    numbers = _as(q, _precision(q)), _as(k, _precision(k))
+    if arrays.is_torch(q):
+        from . import operators_quantized
+
+        operators_quantized.check_no_gradient({"query": q, "key": k})
+    numbers = arrays.converted(q, _precision(q)), arrays.converted(k, _precision(k))
     numbers = tuple(x.reshape(shape) for x, shape in zip(numbers, _aligned(q.shape, k.shape, enable_gqa), strict=True))
     with _quietly(q):
         lowest, scale = _range(*numbers)
         q8, k8 = (_rounded(x, lowest, scale, dtype) for x in numbers)
     heads = (*scale.shape[:-3], 1, 1) if enable_gqa else scale.shape
-    results = q8.reshape(q.shape), k8.reshape(k.shape), _as(scale, "float32").reshape(heads)
+    results = q8.reshape(q.shape), k8.reshape(k.shape), arrays.converted(scale, "float32").reshape(heads)
     return tuple(arrays.give_back(x, like) for x, like in zip(results, (query, key, query), strict=True))
 
 
@@ -96,10 +99,6 @@ def _quietly(array: Any) -> contextlib.AbstractContextManager:
     if arrays.is_torch(array):
         return contextlib.nullcontext()
     return np.errstate(invalid="ignore", over="ignore")
-
-
-def _is_tracked(array: Any) -> bool:
-    return arrays.is_torch(array) and array.requires_grad and sys.modules["torch"].is_grad_enabled()
 
 
 def _aligned(query: tuple[int, ...], key: tuple[int, ...], enable_gqa: bool) -> list[tuple[int, ...]]:
@@ -127,7 +126,7 @@ def _range(query: Any, key: Any) -> tuple[Any, Any]:
         lowest, highest = library.minimum(lowest, low), library.maximum(highest, high)
     scale = library.amax((highest - lowest) / STEPS, axis=-1, keepdims=True)
     scale = library.clip(scale, SMALLEST, None)
-    scale = _as(_as(scale + 0 * scale, "float32"), _precision(query))  # infinity becomes NaN
+    scale = arrays.converted(arrays.converted(scale + 0 * scale, "float32"), _precision(query))  # infinity becomes NaN
     return lowest, scale
 
 
@@ -139,7 +138,7 @@ def _ends(numbers: Any, dims: tuple[int, ...]) -> tuple[Any, Any]:
 def _rounded(numbers: Any, lowest: Any, scale: Any, dtype: str) -> Any:
     library = _library(numbers)
     steps = library.clip(library.round((numbers - lowest) / scale), 0, STEPS)
-    return _as(steps - 128 if dtype == "int8" else steps, dtype)
+    return arrays.converted(steps - 128 if dtype == "int8" else steps, dtype)
 
 
 def _precision(array: Any) -> str:
@@ -149,7 +148,3 @@ def _precision(array: Any) -> str:
 def _library(array: Any) -> Any:
     """NumPy, CuPy or torch, whose functions used here have the same names and arguments."""
     return sys.modules["torch"] if arrays.is_torch(array) else sys.modules["cupy"] if arrays.is_cupy(array) else np
-
-
-def _as(array: Any, dtype: str) -> Any:
-    return array.to(getattr(sys.modules["torch"], dtype)) if arrays.is_torch(array) else array.astype(dtype)

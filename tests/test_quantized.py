@@ -278,6 +278,11 @@ def test_quantized_has_no_gradient():
         l1.l1_scores(query, key, quant_scale=quant_scale)
     with torch.no_grad():
         l1.l1_scores(query, key, quant_scale=quant_scale)
+    tangent = torch.ones(2, 1, 1)
+    with pytest.raises(TypeError, match="quant_scale must not require a gradient"):
+        torch.func.jvp(lambda s: l1.l1_scores(query, key, quant_scale=s), (tangent,), (tangent,))
+    with pytest.raises(TypeError, match="query must not require a gradient"):
+        torch.func.jvp(lambda q: l1.quantize_for_l1(q, q)[2], (tangent,), (tangent,))
     with pytest.raises(TypeError, match=r"query must have one of the dtypes float16, .* got int8"):
         l1.l1_scores_backward(torch.zeros(2, 3, 3), query, key)
 

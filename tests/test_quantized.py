@@ -17,6 +17,8 @@ import l1attn_cupy as l1
 from l1attn_cupy import plan_quantized, testing
 from l1attn_cupy.cpu import vector_bytes
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch itself
+
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_quantized_exact_at_odd_sizes(lengths):
@@ -76,11 +78,15 @@ def test_quantized_torch_layouts(layout):
     assert_identical(l1.l1_scores(change(query), change(key)), l1.l1_scores(query, key))
 
 
-def test_quantized_on_any_number_of_threads():
-    query, key = (torch.from_numpy(numbers((2, n, 64), "int8", seed=n)) for n in (257, 129))
+@pytest.mark.parametrize("shapes", [((2, 257, 64), (2, 129, 64)), ((3, 1500), (1100, 1500))], ids=str)
+def test_quantized_on_any_number_of_threads(shapes):
+    """Tasks that share the keys, and as many keys as do not fit the scratch memory at once."""
+    query, key = (numbers(shape, "int8", seed=n) for n, shape in enumerate(shapes))
+    q, k = torch.from_numpy(query), torch.from_numpy(key)
     with testing.one_thread():
-        alone = l1.l1_scores(query, key)
-    assert_identical(l1.l1_scores(query, key), alone)
+        alone = l1.l1_scores(q, k, score="distance")
+    assert_identical(l1.l1_scores(q, k, score="distance"), alone)
+    assert_identical(alone, distances(query, key).astype(np.float32))
 
 
 @pytest.mark.parametrize("shapes", [((2, 0, 3), (2, 5, 3)), ((2, 5, 3), (2, 0, 3)), ((0, 5, 3), (0, 4, 3))], ids=str)

@@ -99,7 +99,7 @@ def _quantized_call(plan: Plan, workers: int) -> _Call:
     out = contiguous(plan.query, plan.out_shape)
     batch, matrices = _lay_out([plan.query, plan.key, plan.quant_scale or out, out], plan.batch, range(len(plan.batch)))
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
-    common = batch, sizes, _forward_blocks(plan, sizes, workers), *_score(plan)
+    common = batch, sizes, _quantized_blocks(sizes, workers), *_score(plan)
     kernel = quantized.forward if workers > 1 else quantized.forward_serial
     return _Call(kernel, workers, matrices, (plan.query.dtype == "int8", *common))
 
@@ -181,6 +181,18 @@ def _forward_blocks(plan: Plan, sizes: Shape, workers: int) -> tuple[int, int, i
     keys = _split(length_k, tile_keys, _ceil_to(length_k, tile_keys), -(-wanted // row_tasks))
     tasks = row_tasks * -(-length_k // keys)
     return rows, keys, tile_keys, min(tasks, wanted)
+
+
+def _quantized_blocks(sizes: Shape, workers: int) -> tuple[int, int, int, int]:
+    """The same for bytes: as many keys at once as fit a block of scratch memory, so that rows are written far along."""
+    batches, length_q, length_k, channels = sizes
+    wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
+    fitting = max(quantized.STRIP, _BLOCK_NUMBERS // max(channels, 1) // quantized.STRIP * quantized.STRIP)
+    rows = _split(length_q, quantized.TILE_ROWS, min(fitting, 256), -(-wanted // batches))
+    row_tasks = batches * -(-length_q // rows)
+    keys = _split(length_k, quantized.STRIP, _ceil_to(length_k, quantized.STRIP), -(-wanted // row_tasks))
+    tasks = row_tasks * -(-length_k // keys)
+    return rows, keys, min(keys, fitting), min(tasks, wanted)
 
 
 def _backward_blocks(plan: Plan, sizes: Shape, workers: int, x_is_row: bool) -> tuple[int, bool, int]:

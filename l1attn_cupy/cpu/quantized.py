@@ -15,6 +15,9 @@ from .vector_bytes import QUERY_ROWS, byte_distances, key_rows, peek_word
 #: Rows of a tile of scores, those that `invert` takes at once.
 TILE_ROWS = panel_width(4)
 
+#: Keys in a strip of scores that are stored together.
+STRIP = 64
+
 #: Bytes of a word.
 WORD = 8
 
@@ -62,6 +65,8 @@ def score_tile(q_panels, q_first, q_count, k_panels, k_count, tile, score, scale
 def _forward(q, k, quant_scale, out, signed, batch, sizes, blocks, score, scalars):
     """Scores of every batch entry, in float32; for sizes, blocks and scalars see `scores._forward`.
 
+    Keys are packed as many at once as blocks say, so that rows of the result are written far along.
+
     Distances of an entry are multiplied by its ``quant_scale`` too, unless that has address 0.
     """
     batches, length_q, length_k, channels = sizes
@@ -71,7 +76,7 @@ def _forward(q, k, quant_scale, out, signed, batch, sizes, blocks, score, scalar
     for run in prange(runs):
         q_panels = np.empty((q_block // QUERY_ROWS, words, QUERY_ROWS), np.uint64)
         k_panels = np.empty((tile_keys // _KEY_ROWS, words, _KEY_ROWS), np.uint64)
-        tile, half = np.empty((TILE_ROWS, tile_keys), np.float32), np.empty((0, 0), np.uint16)
+        tile, half = np.empty((TILE_ROWS, STRIP), np.float32), np.empty((0, 0), np.uint16)
         for task in range(tasks * run // runs, tasks * (run + 1) // runs):
             index = task // (q_blocks * k_blocks)
             i0, j_first = task // k_blocks % q_blocks * q_block, task % k_blocks * k_block
@@ -79,16 +84,21 @@ def _forward(q, k, quant_scale, out, signed, batch, sizes, blocks, score, scalar
             if quant_scale.data != 0:
                 scale *= peek(_address(quant_scale, 4, index, batch, 0, 0), 0, np.float32(0))
             load_words(_address(q, 1, index, batch, i0, 0), q.row, q.column, rows, channels, signed, q_panels)
-            for j0 in range(j_first, min(length_k, j_first + k_block), tile_keys):
-                columns = min(tile_keys, length_k - j0)
+            j_end = min(length_k, j_first + k_block)
+            for j0 in range(j_first, j_end, tile_keys):
+                columns = min(tile_keys, j_end - j0)
                 load_words(_address(k, 1, index, batch, j0, 0), k.row, k.column, columns, channels, signed, k_panels)
                 for i in range(0, rows, TILE_ROWS):
                     count = min(TILE_ROWS, rows - i)
                     first, panels = i // QUERY_ROWS, _blocks(count, QUERY_ROWS)
-                    k_count = _blocks(columns, _KEY_ROWS)
-                    score_tile(q_panels, first, panels, k_panels, k_count, tile, score, scale, scalars[1])
                     place = _address(out, 4, index, batch, i0 + i, j0)
-                    store_rows(tile, half, count, columns, place, FLOAT32, out.row, 1)
+                    for j in range(0, columns, STRIP):
+                        some = min(STRIP, columns - j)
+                        keys = k_panels[j // _KEY_ROWS :]
+                        score_tile(
+                            q_panels, first, panels, keys, _blocks(some, _KEY_ROWS), tile, score, scale, scalars[1]
+                        )
+                        store_rows(tile, half, count, some, place + 4 * j, FLOAT32, out.row, 1)
 
 
 forward = kernel(parallel=True)(_forward)

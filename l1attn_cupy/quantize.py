@@ -136,9 +136,17 @@ def _ends(numbers: Any, dims: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def _rounded(numbers: Any, lowest: Any, scale: Any, dtype: str) -> Any:
-    library = _library(numbers)
-    steps = library.clip(library.round((numbers - lowest) / scale), 0, STEPS)
-    return arrays.converted(steps - 128 if dtype == "int8" else steps, dtype)
+    steps = numbers - lowest  # the one array of this size that is made
+    steps /= scale
+    if arrays.is_torch(steps):
+        steps.round_().clamp_(0, STEPS)
+    else:
+        library = _library(steps)
+        library.rint(steps, out=steps)
+        library.clip(steps, 0, STEPS, out=steps)
+    if dtype == "int8":
+        steps -= 128
+    return arrays.converted(steps, dtype)
 
 
 def _precision(array: Any) -> str:

@@ -8,8 +8,8 @@
     python scripts/bench_int8.py --device cuda --json F   speed on a GPU, beside float16 and half2, and the limit
 
 speed   Median of rounds in which all take turns; terms, |q - k| in one sum, per second. On the CPU by core time, all
-        that threads had over their number, which other processes do not disturb. "quantise" is `quantize_for_l1`
-        alone; no other line has its time.
+        that threads had over their number: other processes do not disturb it, but threads that spin count as busy,
+        as torch's own do in "quantise", which is `quantize_for_l1` alone. No other line has its time.
 error   Root mean square of what is off, over that of what is exact: of distances, and of the result of attention
         with each score and scale E ** -0.5. "blocks of n": a scale for each n channels, which no kernel has, to see
         whether it would help; "blocks of 1" is a scale for each channel. "not moved": without each channel's own least

@@ -314,11 +314,12 @@ def test_quantized_operator():
     )
 
 
-def test_quantize_compiles():
+def test_quantize_compiles_and_maps():
     query, key = torch.randn(2, 5, 17), torch.randn(2, 7, 17)
     compiled = torch.compile(l1.quantize_for_l1, fullgraph=True, backend="aot_eager")
-    for result, expected in zip(compiled(query, key), l1.quantize_for_l1(query, key), strict=True):
-        assert torch.equal(result, expected)
+    for call in (compiled, torch.vmap(l1.quantize_for_l1)):
+        for result, expected in zip(call(query, key), l1.quantize_for_l1(query, key), strict=True):
+            assert torch.equal(result, expected)
 
 
 # ---- instructions -------------------------------------------------------------------------------------------------

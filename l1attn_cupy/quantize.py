@@ -139,7 +139,7 @@ def _rounded(numbers: Any, lowest: Any, scale: Any, dtype: str) -> Any:
     steps = numbers - lowest  # the one array of this size that is made
     steps /= scale
     if arrays.is_torch(steps):
-        steps.round_().clamp_(0, STEPS)
+        steps.round_().clamp_min_(0).clamp_max_(STEPS)
     else:
         library = _library(steps)
         library.rint(steps, out=steps)

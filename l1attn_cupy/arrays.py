@@ -32,24 +32,25 @@ def is_cupy(array: Any) -> bool:
 
 def describe(array: Any) -> ArraySpec:
     """What a plan needs to know of a NumPy or CuPy array or torch tensor."""
+    if is_torch(array):
+        if array.is_nested:  # has no shape
+            return _describe_tensor((), (), array.dtype, array.device, "nested")
+        strided = array.layout is sys.modules["torch"].strided
+        strides, layout = (array.stride(), "strided") if strided else ((), array.layout)
+        return _describe_tensor(array.shape, strides, array.dtype, array.device, layout)
     if is_cupy(array):
         strides = tuple(stride // array.itemsize for stride in array.strides)
         return ArraySpec("cupy", array.shape, strides, array.dtype.name, f"cuda:{array.device.id}")
-    if isinstance(array, np.ndarray):
-        strides = tuple(stride // max(array.itemsize, 1) for stride in array.strides)
-        layout = "masked" if isinstance(array, np.ma.MaskedArray) else "strided"
-        return ArraySpec("numpy", array.shape, strides, array.dtype.name, "cpu", layout)
-    if array.is_nested:  # has no shape
-        return ArraySpec("torch", (), (), _name(array.dtype), _name(array.device), "nested")
-    layout = _name(array.layout)
-    strides = array.stride() if layout == "strided" else ()
-    return ArraySpec("torch", tuple(array.shape), strides, _name(array.dtype), _name(array.device), layout)
+    strides = tuple(stride // max(array.itemsize, 1) for stride in array.strides)
+    layout = "masked" if isinstance(array, np.ma.MaskedArray) else "strided"
+    return ArraySpec("numpy", array.shape, strides, array.dtype.name, "cpu", layout)
 
 
-@functools.lru_cache(maxsize=256)
-def _name(attribute: Any) -> str:
-    """Name of a torch dtype, layout or device."""
-    return str(attribute).removeprefix("torch.")
+@functools.lru_cache(maxsize=1024)
+def _describe_tensor(shape: Shape, strides: Shape, dtype: Any, device: Any, layout: Any) -> ArraySpec:
+    """From what torch calls them; looked up, as each step of training asks of the same layouts."""
+    dtype, device, layout = (str(attribute).removeprefix("torch.") for attribute in (dtype, device, layout))
+    return ArraySpec("torch", tuple(shape), strides, dtype, device, layout)
 
 
 def accept(name: str, array: Any) -> Any:
@@ -116,9 +117,9 @@ def address(array: Any) -> int:
 
     A tensor with the negative bit holds numbers of the wrong sign; callers resolve that first.
     """
-    if isinstance(array, np.ndarray):
-        return array.__array_interface__["data"][0]
-    return array.data_ptr() if is_torch(array) else array.data.ptr
+    if is_torch(array):
+        return array.data_ptr()
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
 
 
 def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,12 +67,49 @@ class Differentiable(torch.autograd.Function):
         operators.library.impl(name, kernel, "Autograd")
 
 
-def undifferentiated(operator: Any, *inputs: Any) -> Any:
-    """The operator's result, without the detour by `Differentiable.differentiates` where that is not needed."""
+def undifferentiated(function: Callable[..., Any], tensors: tuple, *rest: Any) -> Any:
+    """``function(*tensors, *rest)``, one of `operators`: by the operator of its name where torch sees to something.
+
+    Elsewhere the operator would only cost time.
+    """
     if torch.compiler.is_compiling() or is_transformed():
-        return operator(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs)
+        return getattr(torch.ops.l1attn, function.__name__)(*tensors, *rest)
+    if _goes_unseen(tensors):
+        return function(*tensors, *rest)
+    with torch._C._AutoDispatchBelowAutograd():  # without the detour by `Differentiable.differentiates`
+        return getattr(torch.ops.l1attn, function.__name__)(*tensors, *rest)
+
+
+def _goes_unseen(tensors: tuple) -> bool:
+    """Whether nobody watches the calls of operators, and all tensors are what they seem."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (type(tensor) in _PLAIN and _is_dense(torch._C._dispatch_keys(tensor))):
+            return False
+    return True
+
+
+#: Types whose operators are called as they are.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+#: What the dispatcher goes by for a tensor that is a piece of memory; others stand for zeros, or for a batch in `vmap`.
+_DENSE_KEYS = frozenset(
+    "DispatchKeySet CPU CUDA ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA Negative".split()
+)
+_known_keys: dict[int, bool] = {}
+
+
+def _is_dense(keys: Any) -> bool:
+    number = keys.raw_repr()
+    if number not in _known_keys:
+        _known_keys[number] = _DENSE_KEYS.issuperset(re.findall(r"\w+", str(keys)))
+    return _known_keys[number]
 
 
 def in_both_forms(cls: type[Differentiable]) -> type[Differentiable]:
@@ -103,7 +141,7 @@ class _Scores(Differentiable):
 
     @staticmethod
     def compute(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
-        return undifferentiated(torch.ops.l1attn.scores, query, key, *options)
+        return undifferentiated(operators.scores, (query, key), *options)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -145,8 +183,8 @@ class _ScoresBackward(Differentiable):
         need_key: bool,
         *options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = (grad, query, key, scores, need_query, need_key, *of_backward(options, "scores_backward"))
-        return undifferentiated(torch.ops.l1attn.scores_backward, *inputs)
+        rest = (need_query, need_key, *of_backward(options, "scores_backward"))
+        return undifferentiated(operators.scores_backward, (grad, query, key, scores), *rest)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -196,8 +234,8 @@ class _ScoresJvp(Differentiable):
         scores: torch.Tensor | None,
         *options: Any,
     ) -> torch.Tensor:
-        inputs = (query, key, tangent_q, tangent_k, scores, *of_backward(options, "scores_jvp"))
-        return undifferentiated(torch.ops.l1attn.scores_jvp, *inputs)
+        tensors = (query, key, tangent_q, tangent_k, scores)
+        return undifferentiated(operators.scores_jvp, tensors, *of_backward(options, "scores_jvp"))
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -248,10 +286,12 @@ def _backward(
     options: tuple,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients, differentiable where somebody may differentiate them: with ``create_graph``, and in torch.func."""
-    if not torch.compiler.is_compiling() and is_tracked():
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _ScoresBackward.compute(grad, query, key, scores, need_query, need_key, *options)
+    if is_tracked():
         return _ScoresBackward.run(grad, query, key, _constant(scores), need_query, need_key, *options)
-    with torch.no_grad():
-        return _ScoresBackward.compute(grad, query, key, scores, need_query, need_key, *options)
+    return _ScoresBackward.compute(grad, query, key, scores, need_query, need_key, *options)
 
 
 def _jvp(
@@ -314,6 +354,16 @@ def is_transformed() -> bool:
     return has_tangents() or torch._C._are_functorch_transforms_active()
 
 
+def is_batch(tensor: torch.Tensor) -> bool:
+    """Whether it stands for a batch that ``is_grads_batched`` of `torch.autograd.grad` maps over."""
+    return "Batched" in str(torch._C._dispatch_keys(tensor))
+
+
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` records operators; of a Function it would record what no process could run again."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def is_tracked() -> bool:
     """Whether somebody may differentiate what is computed now."""
     return torch.is_grad_enabled() or is_transformed()
@@ -337,7 +387,7 @@ def dispatches(array: Any) -> bool:
         and array.layout is torch.strided
         and not array.is_nested
         and not array.is_quantized
-        and array.device.type in ("cpu", "cuda")
+        and (array.is_cpu or array.is_cuda)
     )
 
 
@@ -365,9 +415,11 @@ def l1_scores(
     if key is query and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd Function
         key = query.view_as(query)
     query, key = under_autocast(query, key)
+    if is_recorded():
+        return torch.ops.l1attn.scores(query, key, *options)
     if is_transformed() or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
         return _Scores.run(query, key, *options)
-    return undifferentiated(torch.ops.l1attn.scores, query, key, *options)
+    return undifferentiated(operators.scores, (query, key), *options)
 
 
 def under_autocast(query: torch.Tensor, *others: torch.Tensor | None) -> list[Any]:
@@ -402,4 +454,4 @@ def l1_scores_backward(
             saved = None if scores is None else spec_of("scores", scores)
             plan.scores_backward(call, spec_of("grad_scores", grad), saved)
     with torch.no_grad():
-        return undifferentiated(torch.ops.l1attn.scores_backward, grad, query, key, scores, True, True, *options)
+        return undifferentiated(operators.scores_backward, (grad, query, key, scores), True, True, *options)

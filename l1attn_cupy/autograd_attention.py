@@ -13,7 +13,7 @@ import torch
 from . import (
     arrays,
     composition,
-    operators_attention,  # noqa: F401  # defines torch.ops.l1attn
+    operators_attention,  # defines torch.ops.l1attn
     plan_attention,
     run_attention,
 )
@@ -22,6 +22,7 @@ from .autograd import (
     dispatches,
     has_tangents,
     in_both_forms,
+    is_recorded,
     is_tracked,
     is_transformed,
     of_backward,
@@ -52,7 +53,7 @@ class _Attention(Differentiable):
         *options: Any,
     ) -> tuple[torch.Tensor, ...]:
         inputs = (query, key, value, mask, ends_q, ends_k)
-        return undifferentiated(torch.ops.l1attn.attention, *inputs, True, *options)
+        return undifferentiated(operators_attention.attention, inputs, True, *options)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -72,11 +73,11 @@ class _Attention(Differentiable):
         grad_lse = None if grad_softmax is None else grad_softmax[..., 0]
         grad_out = torch.zeros_like(out, dtype=inputs[0].dtype) if grad_out is None else grad_out
         given = (grad_out, *inputs, out, softmax, grad_lse, *needed, *ctx.options)
-        if not torch.compiler.is_compiling() and is_tracked():
-            gradients = _AttentionBackward.run(*given)
-        else:
+        if torch.compiler.is_compiling():
             with torch.no_grad():
                 gradients = _AttentionBackward.compute(*given)
+        else:
+            gradients = (_AttentionBackward.run if is_tracked() else _AttentionBackward.compute)(*given)
         return *(array if need else None for array, need in zip(gradients, needed, strict=True)), *(None,) * 11
 
 
@@ -90,7 +91,7 @@ class _AttentionBackward(Differentiable):
     @staticmethod
     def compute(*inputs: Any) -> tuple[torch.Tensor, ...]:
         options = of_backward(inputs[14:], "attention_backward")
-        return undifferentiated(torch.ops.l1attn.attention_backward, *inputs[:14], *options)
+        return undifferentiated(operators_attention.attention_backward, inputs[:10], *inputs[10:14], *options)
 
     @staticmethod
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -147,9 +148,9 @@ def _check(
 ) -> None:
     """Raise what `plan_attention` has to say, where the operators would not be reached to say it, or always."""
     everything = {**given, **(saved or {})}
-    present = {name: array for name, array in everything.items() if array is not None or name not in OPTIONAL}
-    if not always and all(map(dispatches, present.values())):
+    if not always and all(dispatches(x) or (x is None and name in OPTIONAL) for name, x in everything.items()):
         return
+    present = {name: array for name, array in everything.items() if array is not None or name not in OPTIONAL}
     specs = {name: spec_of(name, array) if name in present else None for name, array in everything.items()}
     call = plan_attention.attention([specs[name] for name in given], options)
     if saved is not None:
@@ -189,10 +190,12 @@ def _apply(
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice, as in self-attention
         query, key, value, mask, ends_q, ends_k = (None if array is None else array.view_as(array) for array in inputs)
         inputs = (query, key, value, mask, ends_q, ends_k)
-    if tracked or is_transformed():
+    if is_recorded():
+        out, softmax, _ = torch.ops.l1attn.attention(*inputs, True, *options)
+    elif tracked or is_transformed():
         out, softmax, _ = _Attention.run(*inputs, True, *options)
     else:
-        out, softmax, _ = undifferentiated(torch.ops.l1attn.attention, *inputs, False, *options)
+        out, softmax, _ = undifferentiated(operators_attention.attention, inputs, False, *options)
     return out, arrays.log_sum_exp(softmax) if return_lse else None
 
 
@@ -218,18 +221,11 @@ def attention_backward(
     mask = given["attn_mask"]
     plan_attention.check_dmask(None if mask is None else spec_of("attn_mask", mask), return_dmask)
     summed = "float64" if given["query"].dtype is torch.float64 else "float32"
+    tensors = (saved["grad_out"], *given.values(), None, None, saved["out"])
+    tensors = (*tensors, arrays.softmax_of(saved["lse"], summed), saved["grad_lse"])
     with torch.no_grad():
         return undifferentiated(
-            torch.ops.l1attn.attention_backward,
-            saved["grad_out"],
-            *given.values(),
-            None,
-            None,
-            saved["out"],
-            arrays.softmax_of(saved["lse"], summed),
-            saved["grad_lse"],
-            *(True, True, True, return_dmask),
-            *options,
+            operators_attention.attention_backward, tensors, True, True, True, return_dmask, *options
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from . import plan_modules
@@ -36,6 +38,9 @@ class L1Attn(torch.nn.Module):
         super().__init__()
         plan_modules.flags(negative=negative)
         self.negative = negative
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        plan_modules.not_scriptable(type(self).__name__)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Scores of each query and key; gradients flow.

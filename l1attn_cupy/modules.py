@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -36,10 +37,11 @@ class L1MultiheadAttention(nn.MultiheadAttention):
     or ``eval()``. Otherwise the weights are made, in memory that grows with L * S.
 
     In ``attn_mask`` and ``key_padding_mask`` True is for what may not be attended to, as in torch. A query that may
-    attend to no key gives the bias of ``out_proj``, where torch gives NaN. A mask that is added must have the dtype of
-    the weights, except under autocast; so must that of `torch.nn.Transformer.generate_square_subsequent_mask`, which
-    takes ``dtype``. ``is_causal`` need not come with an ``attn_mask``; where it comes with one, that mask is what
-    counts. Torch's fast path, which is a dot product, is never taken, also not by `torch.nn.TransformerEncoderLayer`.
+    attend to no key gives the bias of ``out_proj``, where torch gives NaN. A mask that is added may be float32 whatever
+    the dtype of the weights, also with ``need_weights``; it is rounded to theirs, and what is finite stays so.
+    ``is_causal`` need not come with an ``attn_mask``; where it comes with one, that mask is what counts. Torch's fast
+    path, which is a dot product, is never taken, also not by `torch.nn.TransformerEncoderLayer`. `torch.jit.trace`
+    takes the module, `torch.jit.script` does not.
 
     Examples
     --------
@@ -91,6 +93,9 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        plan_modules.not_scriptable(type(self).__name__)
+
     def extra_repr(self) -> str:
         """What `print` shows."""
         channels = "" if self.kdim == self.vdim == self.embed_dim else f"kdim={self.kdim}, vdim={self.vdim}, "
@@ -123,8 +128,8 @@ class L1MultiheadAttention(nn.MultiheadAttention):
         key : tensor, shape (S, N, kdim)
         value : tensor, shape (S, N, vdim)
         key_padding_mask : tensor, shape (N, S), or (S) without a batch, optional
-            bool, True for keys that are not attended to; or in the dtype of the weights, under autocast in any
-            floating-point dtype, added to the scores.
+            bool, True for keys that are not attended to; or in the dtype of the weights or float32, under autocast in
+            any floating-point dtype, added to the scores.
         need_weights : bool
             Also return the weights, for which memory grows with L * S.
         attn_mask : tensor, shape (L, S) or (N * num_heads, L, S), optional
@@ -269,12 +274,14 @@ def _merged(
     if all(m.dtype is torch.bool for m in given):
         excluded = given[0] | given[-1]
         return ~excluded
-    added = (_added(m, dtype) for m in given)
-    return sum(added, start=torch.zeros((), dtype=dtype, device=given[0].device))
+    wide = functools.reduce(torch.promote_types, [m.dtype for m in given if m.dtype is not torch.bool], dtype)
+    added = [torch.zeros_like(m, dtype=wide).masked_fill(m, -torch.inf) if m.dtype is torch.bool else m for m in given]
+    return _rounded(added[0] + added[1] if len(added) == 2 else added[0], dtype)
 
 
-def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to scores."""
-    if mask.dtype is torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
-    return mask.to(dtype)
+def _rounded(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In ``dtype``; what is finite stays so, as -inf would rule a key out."""
+    limits = torch.finfo(dtype)
+    if limits.max >= torch.finfo(mask.dtype).max:
+        return mask.to(dtype)
+    return torch.where(mask.isinf(), mask, mask.clamp(limits.min, limits.max)).to(dtype)

@@ -33,12 +33,13 @@ def _plan(query: torch.Tensor, key: torch.Tensor, options: tuple) -> Plan:
     return plan.cached_scores(arrays.describe(query), arrays.describe(key), *options)
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
+def scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
+    """What ``torch.ops.l1attn.scores`` computes of tensors with data."""
     query, key = query.resolve_neg(), key.resolve_neg()
     return run.scores(_plan(query, key, options), query, key)
 
 
-def _scores_backward(
+def scores_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -47,6 +48,7 @@ def _scores_backward(
     need_key: bool,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator of that name; a gradient that is not needed is empty."""
     grad, query, key = grad.resolve_neg(), query.resolve_neg(), key.resolve_neg()
     scores = None if scores is None else scores.resolve_neg()
     call = _plan(query, key, options)
@@ -54,7 +56,7 @@ def _scores_backward(
     return query.new_empty(0) if dquery is None else dquery, key.new_empty(0) if dkey is None else dkey
 
 
-def _scores_jvp(
+def scores_jvp(
     query: torch.Tensor,
     key: torch.Tensor,
     tangent_query: torch.Tensor,
@@ -62,6 +64,7 @@ def _scores_jvp(
     scores: torch.Tensor | None,
     *options: Any,
 ) -> torch.Tensor:
+    """The operator of that name."""
     query, key = query.resolve_neg(), key.resolve_neg()
     tangents = tangent_query.resolve_neg(), tangent_key.resolve_neg()
     scores = None if scores is None else scores.resolve_neg()
@@ -111,9 +114,9 @@ def _fake_scores_jvp(
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("scores", _scores, _device)
-    library.impl("scores_backward", _scores_backward, _device)
-    library.impl("scores_jvp", _scores_jvp, _device)
+    library.impl("scores", scores, _device)
+    library.impl("scores_backward", scores_backward, _device)
+    library.impl("scores_jvp", scores_jvp, _device)
 torch.library.register_fake("l1attn::scores", _fake_scores, lib=library)
 torch.library.register_fake("l1attn::scores_backward", _fake_scores_backward, lib=library)
 torch.library.register_fake("l1attn::scores_jvp", _fake_scores_jvp, lib=library)

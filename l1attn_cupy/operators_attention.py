@@ -50,7 +50,7 @@ def _resolved(*given: Optional) -> list[Any]:
     return [None if array is None else array.resolve_neg() for array in given]
 
 
-def _attention(
+def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -67,7 +67,7 @@ def _attention(
     return out, softmax, softmax.new_empty(0) if unrounded is None else unrounded
 
 
-def _attention_backward(
+def attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -80,6 +80,7 @@ def _attention_backward(
     grad_lse: Optional,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key, value and mask; one that is not needed is empty."""
     needed, options = rest[:4], rest[4:]
     query, key, value, mask = _resolved(query, key, value, mask)
     grad_out, out, softmax, grad_lse = _resolved(grad_out, out, softmax, grad_lse)
@@ -146,8 +147,8 @@ def _fake_attention_backward(
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("attention", _attention, _device)
-    library.impl("attention_backward", _attention_backward, _device)
+    library.impl("attention", attention, _device)
+    library.impl("attention_backward", attention_backward, _device)
 torch.library.register_fake("l1attn::attention", _fake_attention, lib=library)
 torch.library.register_fake("l1attn::attention_backward", _fake_attention_backward, lib=library)
 

@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import plan
-from .plan import ArraySpec, Options, Shape
+from .plan import ArraySpec, Options, Shape, contiguous
 
 UNLIMITED = -1
 
 #: Arrays that may be None.
 OPTIONAL = ("attn_mask", "grad_lse", "quant_scale")
+
+#: What a backward pass takes beside the inputs, and how that is described; grad_lse may be None.
+SAVED = ("grad_out", "out", "softmax", "grad_lse")
+Saved = tuple[ArraySpec | None, ...]
 
 #: First query, end of the queries, first key and end of the keys of each sequence of a batch, (sequences, 4).
 Segments = np.ndarray
@@ -80,6 +84,14 @@ class AttentionPlan(NamedTuple):
         """That of accumulation."""
         return "float64" if self.query.dtype == "float64" else "float32"
 
+    def new_like(self, spec: ArraySpec) -> ArraySpec:
+        """A new array of the shape of ``spec``, as kernels see both: packed ones have heads after lengths in memory."""
+        if not self.packed:
+            return contiguous(spec, spec.shape)
+        *heads, length, channels = spec.shape
+        in_memory, *of_heads, last = contiguous(spec, (length, *heads, channels)).strides
+        return spec._replace(strides=(*of_heads, in_memory, last))
+
     def seen_by_kernels(self, name: str, spec: ArraySpec) -> ArraySpec:
         """Any array of a call, by its name: a matrix for each batch entry, with heads as in `groups`."""
         if name in ("mask", "dmask"):
@@ -106,6 +118,8 @@ class AttentionOptions(NamedTuple):
 
 def check_dropout(dropout_p: Any) -> None:
     """Raise unless there is no dropout."""
+    if type(dropout_p) is float and dropout_p == 0:
+        return
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real) or not 0 <= float(dropout_p) <= 1:
         raise ValueError(f"dropout_p must be a number from 0 to 1, got {dropout_p!r}")
     if float(dropout_p) > 0:
@@ -146,8 +160,9 @@ def check_flag(name: str, flag: Any) -> None:
 
 def band(is_causal: bool, window: Sequence[int] | None) -> tuple[int, int]:
     """How many keys before and after its own place a query may attend to; more than there can be is no limit."""
-    left, right = (UNLIMITED if n >= 2**30 else int(n) for n in window or (UNLIMITED, UNLIMITED))
-    return left, 0 if is_causal else right
+    left, right = window or (UNLIMITED, UNLIMITED)
+    right = 0 if is_causal else right
+    return UNLIMITED if left >= 2**30 else int(left), UNLIMITED if right >= 2**30 else int(right)
 
 
 def _check_window(window: Any) -> None:
@@ -354,8 +369,10 @@ def _shortened(numbers: np.ndarray) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def check_softmax(call: AttentionPlan, softmax: ArraySpec) -> None:
-    """Raise unless ``softmax`` is as the forward of ``call``, which is without segments, made it."""
+def check_saved(
+    call: AttentionPlan, grad_out: ArraySpec, out: ArraySpec, softmax: ArraySpec, grad_lse: ArraySpec | None
+) -> None:
+    """`attention_backward` where softmax is at hand, as the forward of ``call`` made it, and not only lse."""
     plan.check_array("softmax", softmax, "(..., query length, 2)")
     plan.check_same("framework", "come from the same library as query", call.query, softmax, "softmax")
     plan.check_same("device", "be on query's device", call.query, softmax, "softmax")
@@ -363,11 +380,12 @@ def check_softmax(call: AttentionPlan, softmax: ArraySpec) -> None:
         raise TypeError(f"softmax must have dtype {call.lse_dtype}, got {softmax.dtype}")
     if softmax.shape != call.softmax_shape:
         raise ValueError(f"softmax must have the shape {call.softmax_shape}, got {softmax.shape}")
+    attention_backward(call, grad_out, out, None, grad_lse)
 
 
 @functools.lru_cache(maxsize=64)
 def attention_backward(
-    call: AttentionPlan, grad_out: ArraySpec, out: ArraySpec, lse: ArraySpec, grad_lse: ArraySpec | None
+    call: AttentionPlan, grad_out: ArraySpec, out: ArraySpec, lse: ArraySpec | None, grad_lse: ArraySpec | None
 ) -> None:
     """Check what `l1_attention_backward` takes beside the arguments of ``call``, which is without segments."""
     query = call.query

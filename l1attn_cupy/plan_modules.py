@@ -83,8 +83,8 @@ def multihead_tensors(given: Mapping[str, ArraySpec], weights: ArraySpec, autoca
         plan.check_same("device", "be on the device of the module's weights", weights, spec, name)
         if not mask:
             _check_dtype(name, spec, weights, "the module's weights", autocast)
-        elif spec.dtype != "bool" and (spec.dtype not in plan.DTYPES if autocast else spec.dtype != weights.dtype):
-            floating = "floating-point" if autocast else f"have the dtype of the module's weights ({weights.dtype})"
+        elif spec.dtype not in ("bool", *(plan.DTYPES if autocast else ("float32", weights.dtype))):
+            floating = "floating-point" if autocast else f"float32 or of the dtype of the weights ({weights.dtype})"
             raise TypeError(
                 f"{name} must be bool, True where attention is not allowed, or {floating}, got {spec.dtype}"
             )
@@ -96,6 +96,14 @@ def _check_dtype(name: str, spec: ArraySpec, like: ArraySpec, of: str, autocast:
         raise TypeError(f"{name} must have one of the dtypes {', '.join(plan.DTYPES)}, got {spec.dtype}")
     if not autocast or "float64" in (spec.dtype, like.dtype):
         plan.check_same("dtype", f"have the dtype of {of}", like, spec, name)
+
+
+def not_scriptable(module: str) -> NoReturn:
+    """Raise where `torch.jit.script` asks for a module."""
+    raise NotImplementedError(
+        f"{module} cannot be compiled by torch.jit.script, which knows but a part of Python; use torch.jit.trace, "
+        "torch.compile or torch.export"
+    )
 
 
 def multihead_nested() -> NoReturn:

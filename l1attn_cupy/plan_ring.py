@@ -104,6 +104,12 @@ def check_transforms(function: str, forward_mode: bool, transformed: bool) -> No
         raise NotImplementedError(f"{function} must be called outside of transforms of torch.func, got a call in one")
 
 
+def check_one_gradient(function: str, is_batch: bool) -> None:
+    """Raise where gradients come in batches, with ``is_grads_batched`` of `torch.autograd.grad`."""
+    if is_batch:
+        raise NotImplementedError(f"{function} must be computed of one gradient at a time, got is_grads_batched=True")
+
+
 def check_tensor(name: str, is_tensor: bool, is_dtensor: bool, array: Any, whole: bool = False) -> None:
     """Raise unless ``array`` is a torch tensor, and this rank's own or, as in `zigzag_shard`, the whole."""
     if is_dtensor:

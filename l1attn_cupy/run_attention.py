@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from types import ModuleType
 from typing import Any
 
 from . import arrays, plan_attention, plan_quantized
 from .plan import Shape
 from .plan_attention import AttentionPlan
+
+_GRADIENTS = ("dquery", "dkey", "dvalue", "dmask")
 
 
 @functools.lru_cache(maxsize=8)
@@ -101,27 +102,27 @@ def attention_backward(
 ) -> tuple[Any | None, ...]:
     """The gradients of query, key, value and mask that are needed; out is best not rounded."""
     plan_attention.check_dmask(call.mask, needed[3], "need_mask")
-    plan_attention.check_softmax(call.without_segments, arrays.describe(softmax))
-    check_backward(call, grad_out, out, softmax[..., 0], grad_lse)
+    specs = _described(grad_out, out, softmax, grad_lse)
+    plan_attention.check_saved(call.without_segments, *specs)
     given = {"query": query, "key": key, "value": value, "mask": mask}
-    wanted = {
-        f"d{name}": _new(call, tuple(array.shape), array)
-        for (name, array), need in zip(given.items(), needed, strict=True)
-        if need
-    }
-    if 0 in (math.prod(call.batch), call.length_q, call.length_k):
+    names = zip(_GRADIENTS, given.values(), needed, strict=True)
+    wanted = {name: _new(call, tuple(array.shape), array) for name, array, need in names if need}
+    if 0 in call.lse_shape or call.length_k == 0:
         for gradient in wanted.values():
             gradient[...] = 0
     elif wanted:
         given |= {"grad_out": grad_out, "out": out, "softmax": softmax, "grad_lse": grad_lse}
-        _backend(call.options.backend).attention_backward(call, given, wanted)
-    return tuple(wanted.get(f"d{name}") for name in ("query", "key", "value", "mask"))
+        _backend(call.options.backend).attention_backward(call, specs, given, wanted)
+    return tuple(map(wanted.get, _GRADIENTS))
 
 
 def check_backward(call: AttentionPlan, grad_out: Any, out: Any, lse: Any, grad_lse: Any | None) -> None:
     """Raise what `plan_attention.attention_backward` has to say."""
-    specs = [None if array is None else arrays.describe(array) for array in (grad_out, out, lse, grad_lse)]
-    plan_attention.attention_backward(call.without_segments, *specs)
+    plan_attention.attention_backward(call.without_segments, *_described(grad_out, out, lse, grad_lse))
+
+
+def _described(*given: Any | None) -> tuple[Any, ...]:
+    return tuple([None if array is None else arrays.describe(array) for array in given])
 
 
 def _new(call: AttentionPlan, shape: Shape, like: Any, dtype: str | None = None) -> Any:

@@ -554,6 +554,17 @@ def second_derivative() -> None:
         raise AssertionError("nothing was raised")
 
 
+@case
+def batched_gradients() -> None:
+    """An error on every rank, before anything is sent."""
+    x = torch.randn(2, 8, 5).requires_grad_()
+    out = ring_l1_attention(x, x, x)
+    grads = torch.ones(3, *out.shape)
+    wanted = functools.partial(torch.autograd.grad, out, x, grads, is_grads_batched=True)
+    raises(NotImplementedError, "the gradient of ring_l1_attention must be .* one gradient at a time", wanted)
+    out.sum().backward()
+
+
 # DTensor
 
 
@@ -625,6 +636,29 @@ def dtensor_scores() -> None:
         assert compare(l1.l1_scores, [q[:1], k], None, 0) == silent(0)
         placed, *_ = compare(l1.l1_scores, [q, k], 2, 3)
         assert placed.is_replicate()
+
+
+@case
+def dtensor_second_derivatives() -> None:
+    """The gradient of a gradient, which takes a tangent of the scores."""
+    register_dtensor()
+    arrays = [torch.randn(4, heads, length, 5) for heads, length in ((8, 7), (8, 9), (1, 9))]
+    for x in arrays:
+        dist.broadcast(x, 0)
+    q, k, shared = arrays
+
+    def penalty(*given: Any) -> Any:
+        function = l1.l1_scores if len(given) == 2 else l1.l1_attention
+        (found,) = torch.autograd.grad(function(*given, eps=1.0).square().sum(), given[0], create_graph=True)
+        return found.square().sum()
+
+    for given, dims in (((q, k), (1, 1)), ((q, shared), (1, None)), ((q, k, k), (1, 1, 1))):
+        leaves = [x.clone().requires_grad_() for x in given]
+        exact = [x.double().requires_grad_() for x in given]
+        placed = sharded(leaves, *dims)
+        results = [torch.autograd.grad(penalty(*x), x) for x in (placed, leaves, exact)]
+        for found, one, wanted in zip(*results, strict=True):
+            assert_as_near(found, one, wanted)
 
 
 @case

@@ -88,9 +88,9 @@ def test_attention_autograd_only_needed_gradients(needed, monkeypatch):
     asked = []
     real = attention_backend.attention_backward
 
-    def spy(plan, given, wanted):
+    def spy(plan, saved, given, wanted):
         asked.append(set(wanted))
-        real(plan, given, wanted)
+        real(plan, saved, given, wanted)
 
     monkeypatch.setattr(attention_backend, "attention_backward", spy)
     inputs, grad, _ = leaves((33, 17), (31, 17), mask=("added", (33, 1)))

@@ -421,7 +421,7 @@ WRONG_TENSORS = {
 
 @pytest.mark.parametrize("wrong", WRONG_TENSORS)
 def test_multihead_wrong_tensor(wrong):
-    """Whichever argument it is; a mask of another dtype is not narrowed, which could rule out what it does not."""
+    """Whichever argument it is; of masks, torch takes no other dtypes either."""
     names, make, message = WRONG_TENSORS[wrong]
     module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True)
     right = {"query": torch.zeros(BATCH, L, EMBED)} | dict.fromkeys(("key", "value"), torch.zeros(BATCH, S, EMBED))
@@ -430,6 +430,57 @@ def test_multihead_wrong_tensor(wrong):
     for name in names:
         with pytest.raises(TypeError, match=f"^{name} {message}"):
             module(**{**right, name: make(right[name])})
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_multihead_mask_of_float32(dtype, need_weights):
+    """As `generate_square_subsequent_mask` makes it, with weights of any dtype; what is finite rules nothing out."""
+    module = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True, dtype=dtype)
+    x = torch.randn(BATCH, L, EMBED, dtype=dtype)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(L)
+    outs = [module(x, x, x, attn_mask=mask, need_weights=need_weights)[0] for mask in (causal, causal.isinf())]
+    assert_identical(*outs)
+    assert module(x, x, x, attn_mask=causal, need_weights=need_weights)[0].dtype is dtype
+    low = {"attn_mask": torch.full((L, L), -1e9), "key_padding_mask": torch.full((BATCH, L), -1e9)}
+    for masks_given in (low, {"attn_mask": low["attn_mask"]}):  # in float16 each would be -inf, and so would their sum
+        out, _ = module(x, x, x, need_weights=need_weights, **masks_given)
+        assert (out - module.out_proj.bias).abs().max() > 0.01
+
+
+class SelfAttention(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = l1.L1MultiheadAttention(EMBED, HEADS, batch_first=True)
+        self.options = options
+
+    def forward(self, x):
+        return self.attention(x, x, x, **self.options)[0]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_traced(need_weights, tmp_path):
+    """`torch.jit.trace` records operators, so that the graph can be saved, and trained."""
+    module, x = SelfAttention(need_weights=need_weights, is_causal=True), torch.randn(BATCH, L, EMBED)
+    torch.jit.trace(module, x).save(tmp_path / "module.pt")
+    found = []
+    for one in (module, torch.jit.load(tmp_path / "module.pt")):
+        one(x).pow(2).sum().backward()
+        found.append([one(x), *(parameter.grad for _, parameter in sorted(one.named_parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("module", [lambda: l1.L1MultiheadAttention(4, 2), L1Attn], ids=["multihead", "original"])
+def test_module_not_scriptable(module):
+    for made in (module(), torch.nn.Sequential(module())):
+        with pytest.raises(
+            NotImplementedError, match=r"cannot be compiled by torch.jit.script, .* use torch.jit.trace"
+        ):
+            torch.jit.script(made)
 
 
 def test_multihead_wrong_device():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 
@@ -249,6 +250,26 @@ def test_own_folder_replaces_common_code(folder):
     change = ("to_scalar(acc_t x) { return x; }", "to_scalar(acc_t x) { return 2 * x; }")
     copy(folder, "common.cuh", change, file=registry.packaged_folder() / "common.cuh")
     assert_identical(emulate("gather"), 2 * expected)
+
+
+def test_generation_changes_with_what_an_op_depends_on(folder):
+    """Files of other ops are not looked at in each call; headers, tuning files, and a change of names are."""
+    (folder / "tuning").mkdir()
+    shared, own, other = ("common.cuh", "tuning/mine.json"), "scores_forward_mine.cu", "scores_backward_mine.cu"
+    files = {name: folder / name for name in (*shared, own, other)}
+    for file in files.values():
+        file.write_text("")
+
+    def changes(file):
+        ops = ("", "scores_forward", "scores_backward")
+        before = [registry.generation(op) for op in ops]
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+        return [op for op, number in zip(ops, before, strict=True) if registry.generation(op) != number]
+
+    assert changes(files[own]) == ["", "scores_forward"]
+    assert changes(files[other]) == ["", "scores_backward"]
+    for path in (*(files[name] for name in shared), folder, folder / "tuning"):
+        assert changes(path) == ["", "scores_forward", "scores_backward"]
 
 
 def test_edited_file_is_used_by_the_next_call(folder):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import assert_identical
 from child import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import l1attn_cupy as l1
@@ -198,6 +199,53 @@ def test_feature_operators_by_name():
     for transform in (torch.func.grad, lambda f: torch.func.jvp(f, (query,), (query,))):
         with pytest.raises(NotImplementedError, match=r"scores must not be differentiated by torch.func"):
             transform(lambda q: functions[0](q).sum())(query)
+
+
+class Watcher(TorchDispatchMode):
+    """Notes the names of our operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "l1attn":
+            self.seen.append(operator._opname)
+        return operator(*args, **(kwargs or {}))
+
+
+@calls
+@pytest.mark.parametrize("watch", ["mode", "profiler"])
+def test_operators_are_seen(call, watch):
+    """Nobody who looks misses our operators, which are left out where nobody does."""
+    given = inputs()
+    with Watcher() if watch == "mode" else torch.profiler.profile() as watcher:
+        gradients(call(*given), given)
+    seen = watcher.seen if watch == "mode" else {event.key for event in watcher.key_averages()}
+    name = next(name for name in CALLS if CALLS[name] is call)
+    assert {n.removeprefix("l1attn::") for n in seen} >= {name, f"{name}_backward"}
+
+
+@calls
+def test_operators_of_tensors_without_data(call):
+    """Torch makes zeros that have no memory, in forward mode; their type is that of any tensor."""
+    query, key, value = inputs(requires_grad=False)
+    zeros = torch._efficientzerotensor(query.shape)
+    assert_identical(call(zeros, key, value), call(torch.zeros_like(query), key, value))
+
+
+@calls
+def test_operators_of_a_batch_of_gradients(call):
+    """``is_grads_batched`` maps over the backward pass with tensors whose type, too, is that of any tensor."""
+    given = inputs(torch.float64)
+    result = call(*given)
+    grads = torch.randn(3, *result.shape, dtype=result.dtype)
+    found = torch.autograd.grad(result, given, grads, is_grads_batched=True, allow_unused=True, retain_graph=True)
+    for n, grad in enumerate(grads):
+        expected = torch.autograd.grad(result, given, grad, allow_unused=True, retain_graph=True)
+        for ours, one in zip(found, expected, strict=True):
+            if one is not None:
+                assert_identical(ours[n], one)
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,13 @@ import numpy as np
 
 from .. import arrays
 from ..functions import SCORES
-from ..plan import ITEMSIZE, ArraySpec, broadcast_dims, contiguous
-from ..plan_attention import UNLIMITED, AttentionPlan, Segments
+from ..plan import ITEMSIZE, ArraySpec, Shape, broadcast_dims, contiguous
+from ..plan_attention import SAVED, UNLIMITED, AttentionPlan, Saved, Segments
 from ..plan_quantized import Quantized
 from . import attention, attention_gradients, threads
 from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
-from .backend import _Call, _lay_out, _panel, _split
+from .backend import _Call, _ceil_to, _lay_out, _Layout, _panel, _split
 from .elements import DTYPE_CODES
-from .scores import Matrix
 from .vector import panel_width
 
 #: Tasks to make at least, if there is work for so many: enough to share it evenly among many threads.
@@ -40,6 +39,14 @@ _MOST_PARTS = 8
 _PARTS_BYTES = 64 << 20
 
 _NO_LIMIT = 1 << 40
+
+
+class _Step(NamedTuple):
+    """A call, the names of its arrays ("" is none), and whether it takes the parts of dquery as scratch memory."""
+
+    names: tuple[str, ...]
+    call: _Call
+    in_parts: bool = False
 
 
 class _Side(NamedTuple):
@@ -87,37 +94,36 @@ def _attention_forward(plan: AttentionPlan, quantized: Quantized | None, given: 
     workers = threads.count(given[2], terms=_terms(plan))
     given = tuple(0 if array is None else arrays.address(array) for array in given)
     results = arrays.address(out), arrays.address(softmax)
-    forward, merge, parts = _forward_calls(plan, arrays.describe(out), arrays.describe(softmax), workers, quantized)
+    forward, merge, parts = _forward_calls(plan, arrays.describe(out).dtype, workers, quantized)
     if merge is None:
         forward.launch(*given, *results)
         return
     part_out = np.empty((parts, math.prod(plan.batch), plan.length_q, plan.channels_v), plan.lse_dtype)
     part_softmax = np.empty((*part_out.shape[:-1], 2), plan.lse_dtype)
     forward.launch(*given, arrays.address(part_out), arrays.address(part_softmax))
-    merge._replace(arguments=(*merge.arguments, part_out, part_softmax)).launch(*results)
+    merge.launch(*results, scratch=(part_out, part_softmax))
 
 
-def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Write ``wanted``, of dquery, dkey, dvalue and dmask. No dimension of the scores is 0.
 
-    ``given`` has query, key, value, mask, grad_out, out, softmax and grad_lse; mask and grad_lse may be None.
+    ``given`` has query, key, value, mask, grad_out, out, softmax and grad_lse; mask and grad_lse may be None. ``saved``
+    describes the last four.
     """
     workers = threads.count(given["query"], terms=_terms(plan))
-    delta = np.empty(plan.lse_shape, plan.lse_dtype)
-    everything = {**given, **wanted, "delta": delta}
-    present = {name: array for name, array in everything.items() if array is not None}
-    specs = tuple((name, arrays.describe(array)) for name, array in present.items())
-    addresses = {name: arrays.address(array) for name, array in present.items()}
-    number = _summed_in(plan, set(wanted))
-    padded = -(-plan.channels // _width(plan)) * _width(plan)
-    parts = np.zeros((number, math.prod(plan.batch), plan.length_q, padded) if number else (0, 0, 0, 0), plan.lse_dtype)
-    for names, call in _gradient_calls(plan, specs, workers, number):
-        if "parts" in names:
-            call = call._replace(arguments=(*call.arguments, parts))
-        call.launch(*(addresses.get(name, 0) for name in names if name != "parts"))
+    delta = arrays.empty(plan.lse_shape, given["query"], plan.lse_dtype)
+    addresses = {name: 0 if array is None else arrays.address(array) for name, array in given.items()}
+    addresses |= {name: arrays.address(array) for name, array in wanted.items()}
+    addresses["delta"] = arrays.address(delta)
+    names = tuple(wanted)
+    size, calls = _gradient_calls(plan, saved, names, workers, _summed_in(plan, names))
+    parts = (np.zeros(size, plan.lse_dtype),)
+    for of_call, call, in_parts in calls:
+        call.launch(*[addresses.get(name, 0) for name in of_call], scratch=parts if in_parts else ())
 
 
-def _summed_in(plan: AttentionPlan, wanted: set[str]) -> int:
+@_cached
+def _summed_in(plan: AttentionPlan, wanted: tuple[str, ...]) -> int:
     """In how many parts dquery is summed along with dkey and dvalue, in one pass for all; 0 if each has its own pass.
 
     One pass is faster, but it needs memory for the parts and has no more tasks than parts of batch entries.
@@ -127,7 +133,7 @@ def _summed_in(plan: AttentionPlan, wanted: set[str]) -> int:
     number = -(-_TASKS // batches)
     size = number * batches * plan.length_q * plan.channels * ITEMSIZE[plan.lse_dtype]
     few = number <= min(_MOST_PARTS, -(-plan.length_k // _MOST_ROWS)) and size <= _PARTS_BYTES
-    return number if whole and few and not plan.packed and {"dquery", "dkey"} <= wanted else 0
+    return number if whole and few and not plan.packed and {"dquery", "dkey"} <= set(wanted) else 0
 
 
 def _terms(plan: AttentionPlan) -> int:
@@ -140,17 +146,18 @@ def _terms(plan: AttentionPlan) -> int:
 
 @_cached
 def _forward_calls(
-    plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int, quantized: Quantized | None
+    plan: AttentionPlan, out_dtype: str, workers: int, quantized: Quantized | None
 ) -> tuple[_Call, _Call | None, int]:
     """The call that writes out and softmax; or, of each part of the keys, and the one that joins the parts."""
-    own = plan.seen_by_kernels("out", out), plan.seen_by_kernels("softmax", softmax)
+    rows = (*plan.batch, plan.length_q)
+    out = plan.new_like(plan.query._replace(shape=(*rows, plan.channels_v), dtype=out_dtype))
+    softmax = contiguous(plan.query._replace(dtype=plan.lse_dtype), (*rows, 2))
     parts = _parts(plan)
     if parts == 1:
-        return _forward_call(plan, *own, workers, 1, quantized), None, 1
-    part_out, part_softmax = (
-        contiguous(spec, (*plan.batch, *spec.shape[-2:]))._replace(dtype=plan.lse_dtype) for spec in own
-    )
-    return _forward_call(plan, part_out, part_softmax, workers, parts, quantized), _merge_call(plan, *own), parts
+        return _forward_call(plan, out, softmax, workers, 1, quantized), None, 1
+    part_out, part_softmax = (contiguous(spec, spec.shape)._replace(dtype=plan.lse_dtype) for spec in (out, softmax))
+    forward = _forward_call(plan, part_out, part_softmax, workers, parts, quantized)
+    return forward, _merge_call(plan, out, softmax), parts
 
 
 def _forward_call(
@@ -159,7 +166,7 @@ def _forward_call(
     """The call that writes out and softmax, or those of each part of the keys, which lie one after another."""
     quant_scale = quantized and quantized.quant_scale
     specs = [plan.query, plan.key, plan.value, plan.mask or softmax, quant_scale or softmax, out, softmax]
-    batch, matrices = _lay_out(specs, plan.batch, range(len(plan.batch)))
+    batch, layout = _lay_out(specs, plan.batch, range(len(plan.batch)))
     batches, itemsize = math.prod(plan.batch), ITEMSIZE[plan.query.dtype]
     side = _queries(plan)
     block = _block(plan, side.longest, batches)
@@ -175,41 +182,55 @@ def _forward_call(
     arguments = (dtypes, batch, (batches, plan.channels, plan.channels_v), work, blocks, (side.low, side.high))
     kernel = attention.forward if workers > 1 else attention.forward_serial
     like = np.empty(0, np.uint64 if quantized else plan.lse_dtype)
-    return _Call(kernel, workers, matrices, (*arguments, *_score(plan), like))
+    return _kept(plan, _Call(kernel, workers, layout, (*arguments, *_score(plan), like)))
 
 
 def _merge_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec) -> _Call:
-    batch, matrices = _lay_out([out, softmax], plan.batch, range(len(plan.batch)))
+    batch, layout = _lay_out([out, softmax], plan.batch, range(len(plan.batch)))
     dtypes = (DTYPE_CODES[out.dtype], ITEMSIZE[out.dtype], ITEMSIZE[plan.lse_dtype])
-    return _Call(attention.merge, 1, matrices, (dtypes, batch))
+    return _kept(plan, _Call(attention.merge, 1, layout, (dtypes, batch)), scratch=2)
 
 
 @_cached
 def _gradient_calls(
-    plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...], workers: int, parts: int
-) -> list[tuple[tuple[str, ...], _Call]]:
-    """The calls of a backward pass in their order, each with the names of its arrays."""
-    known = {name: plan.seen_by_kernels(name, spec) for name, spec in specs}
-    calls = [_delta_call(plan, known, workers)]
+    plan: AttentionPlan, saved: Saved, wanted: tuple[str, ...], workers: int, parts: int
+) -> tuple[Shape, list[_Step]]:
+    """The size of the memory for the parts of dquery, and the calls of a backward pass in their order.
+
+    ``saved`` describes the arrays of that name.
+    """
+    known = _known(plan, saved, wanted)
+    steps = [_delta_call(plan, known, workers)]
     if "dquery" in known and not parts:
-        calls.append(_rows_call(plan, known, workers, "dquery", ""))
+        steps.append(_rows_call(plan, known, workers, "dquery", ""))
     together = broadcast_dims(plan.key, plan.batch) == broadcast_dims(plan.value, plan.batch)
     if together and ("dkey" in known or "dvalue" in known):
-        calls.append(_rows_call(plan, known, workers, "dkey", "dvalue", parts))
+        steps.append(_rows_call(plan, known, workers, "dkey", "dvalue", parts))
     elif "dkey" in known:
-        calls.append(_rows_call(plan, known, workers, "dkey", ""))
+        steps.append(_rows_call(plan, known, workers, "dkey", ""))
     if not together and "dvalue" in known:
-        calls.append(_rows_call(plan, known, workers, "", "dvalue"))
+        steps.append(_rows_call(plan, known, workers, "", "dvalue"))
     if parts:
-        calls.append(_join_call(plan, known, workers))
+        steps.append(_join_call(plan, known, workers))
     if "dmask" in known:
-        calls.append(_mask_call(plan, known, workers))
-    return calls
+        steps.append(_mask_call(plan, known, workers))
+    padded = _ceil_to(plan.channels, _width(plan))
+    return (parts, math.prod(plan.batch), plan.length_q, padded) if parts else (0, 0, 0, 0), steps
 
 
-def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
+def _known(plan: AttentionPlan, saved: Saved, wanted: tuple[str, ...]) -> dict[str, ArraySpec]:
+    """The arrays of a backward pass as kernels see them."""
+    given = {"query": plan.query, "key": plan.key, "value": plan.value, "mask": plan.mask}
+    known = {name: spec for name, spec in given.items() if spec is not None}
+    gradients = {name: plan.new_like(known[name.removeprefix("d")]) for name in wanted}
+    delta = contiguous(plan.query._replace(dtype=plan.lse_dtype), (*plan.batch, plan.length_q, 1))
+    seen = {n: plan.seen_by_kernels(n, spec) for n, spec in zip(SAVED, saved, strict=True) if spec is not None}
+    return {**known, **gradients, **seen, "delta": delta}
+
+
+def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> _Step:
     names = ("grad_out", "out", "grad_lse", "delta")
-    batch, matrices = _matrices(plan, specs, names, range(len(plan.batch)))
+    batch, layout = _matrices(plan, specs, names, range(len(plan.batch)))
     like = np.zeros(1, plan.lse_dtype)
     grad, out, grad_lse = (specs.get(name, plan.query).dtype for name in ("grad_out", "out", "grad_lse"))
     dtypes = (
@@ -219,19 +240,19 @@ def _delta_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: in
     sizes = (math.prod(plan.batch), plan.length_q, plan.channels_v)
     runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
     kernel = attention_gradients.delta if workers > 1 else attention_gradients.delta_serial
-    return names, _Call(kernel, workers, matrices, (dtypes, batch, sizes, runs, like))
+    return _Step(names, _kept(plan, _Call(kernel, workers, layout, (dtypes, batch, sizes, runs, like))))
 
 
 def _rows_call(
     plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int, dx: str, dxv: str, parts: int = 0
-) -> tuple[tuple[str, ...], _Call]:
+) -> _Step:
     """The call for dquery, or for dkey and dvalue or one of them; with ``parts`` also for those of dquery."""
     of_key = dx != "dquery"
     x, y = (("key", "value"), ("query", "grad_out")) if of_key else (("query", "grad_out"), ("key", "value"))
     names = (*x, *y, "softmax", "delta", "mask", dx, dxv)
     owner = plan.value if not dx else plan.key if of_key else plan.query
     order, kept, summed = _owned(plan, owner)
-    batch, matrices = _matrices(plan, specs, names, order, transposed=(6,) if of_key else ())
+    batch, layout = _matrices(plan, specs, names, order, transposed=(6,) if of_key else ())
     side = _keys(plan) if of_key else _queries(plan)
     block = _block(plan, side.longest, kept)
     work = _work(side, block, parts=1)
@@ -239,21 +260,22 @@ def _rows_call(
     blocks = (block, of_key, _runs((parts or len(work)) * kept, workers))
     kernel = attention_gradients.backward if workers > 1 else attention_gradients.backward_serial
     arguments = (_gradient_dtypes(plan), batch, sizes, work, blocks, (side.low, side.high), *_score(plan))
-    return (*names, "parts"), _Call(kernel, workers, matrices, arguments)
+    return _Step(names, _kept(plan, _Call(kernel, workers, layout, arguments), scratch=1), in_parts=True)
 
 
-def _join_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
-    batch, matrices = _matrices(plan, specs, ("dquery",), range(len(plan.batch)))
+def _join_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> _Step:
+    batch, layout = _matrices(plan, specs, ("dquery",), range(len(plan.batch)))
     dtypes = DTYPE_CODES[plan.query.dtype], ITEMSIZE[plan.query.dtype]
     runs = _runs(math.prod(plan.batch) * plan.length_q, workers)
     kernel = attention_gradients.join if workers > 1 else attention_gradients.join_serial
-    return ("dquery", "parts"), _Call(kernel, workers, matrices, (dtypes, batch, plan.channels, runs))
+    arguments = (dtypes, batch, plan.channels, runs)
+    return _Step(("dquery",), _kept(plan, _Call(kernel, workers, layout, arguments), scratch=1), in_parts=True)
 
 
-def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> tuple[tuple[str, ...], _Call]:
+def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int) -> _Step:
     names = ("query", "key", "value", "grad_out", "softmax", "delta", "mask", "dmask")
     order, kept, summed = _owned(plan, specs["dmask"])
-    batch, matrices = _matrices(plan, specs, names, order)
+    batch, layout = _matrices(plan, specs, names, order)
     sizes = (kept, summed, plan.length_q, plan.length_k, plan.channels, plan.channels_v)
     rows, columns = specs["dmask"].shape[-2:]
     shared = (rows < plan.length_q, columns < plan.length_k)
@@ -261,7 +283,15 @@ def _mask_call(plan: AttentionPlan, specs: Mapping[str, ArraySpec], workers: int
     side = _queries(plan)
     kernel = attention_gradients.mask_gradient if workers > 1 else attention_gradients.mask_gradient_serial
     arguments = (_gradient_dtypes(plan), batch, sizes, shared, runs, (side.low, side.high), *_score(plan))
-    return names, _Call(kernel, workers, matrices, arguments)
+    return _Step(names, _kept(plan, _Call(kernel, workers, layout, arguments)))
+
+
+def _kept(plan: AttentionPlan, call: _Call, scratch: int = 0) -> _Call:
+    """The call, which takes ``scratch`` arrays in 4 dimensions, with its machine code at hand if the cache keeps it.
+
+    A call with segments is not kept: Numba itself finds the code sooner.
+    """
+    return call if plan.segments is not None else call.compiled(*[np.empty((0,) * 4, plan.lse_dtype)] * scratch)
 
 
 def _matrices(
@@ -270,7 +300,7 @@ def _matrices(
     names: tuple[str, ...],
     order: Sequence[int],
     transposed: tuple[int, ...] = (),
-) -> tuple[np.ndarray, tuple[Matrix, ...]]:
+) -> tuple[np.ndarray, _Layout]:
     """`_lay_out` of arrays by name; one that is not there, whose address is 0, is laid out like query."""
     return _lay_out([specs.get(name, plan.query) for name in names], plan.batch, order, transposed)
 

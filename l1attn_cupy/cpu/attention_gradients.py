@@ -86,7 +86,7 @@ def _load_both(source, dtype, matrix, count, channels, rows, panels):
     """Rows as they are, and as panels."""
     load_rows(source, dtype, matrix.row, matrix.column, count, channels, rows)
     width = panels.shape[2]
-    for p in range(panels.shape[0]):
+    for p in range(_blocks(count, width)):
         pack(rows, p * width, rows.shape[1], panels, p)
 
 

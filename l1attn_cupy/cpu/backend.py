@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
-from . import pages, quantized, threads
+from . import jit, pages, quantized, threads
 from .elements import DTYPE_CODES
 from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
 from .tangents import jvp, jvp_serial
@@ -69,39 +70,53 @@ def scores_jvp(
     call.launch(*map(arrays.address, (query, key, *given, out)))
 
 
+#: A Matrix from its four numbers, at half the cost of calling it.
+_MATRIX = functools.partial(tuple.__new__, Matrix)
+
+
+class _Layout(NamedTuple):
+    """What there is to the Matrix of each array of a call, but for the address."""
+
+    rows: Shape
+    columns: Shape
+    batches: Shape
+
+
 class _Call(NamedTuple):
-    """A kernel and its arguments, all but the addresses."""
+    """A kernel and its arguments: all but the addresses, and scratch memory, which comes last."""
 
     kernel: Callable[..., None]
     workers: int
-    matrices: tuple[Matrix, ...]
+    layout: _Layout
     arguments: tuple
 
-    def launch(self, *addresses: int) -> None:
-        matrices = [
-            Matrix(address, row, column, batch)
-            for address, (_, row, column, batch) in zip(addresses, self.matrices, strict=True)
-        ]
-        threads.launch(self.kernel, self.workers, *matrices, *self.arguments)
+    def compiled(self, *scratch: np.ndarray) -> _Call:
+        """The same with the machine code of the kernel, for arrays like ``scratch``."""
+        matrices = map(_MATRIX, zip(itertools.repeat(0), *self.layout))  # as many as there are rows
+        return self._replace(kernel=jit.compiled(self.kernel, (*matrices, *self.arguments, *scratch)))
+
+    def launch(self, *addresses: int, scratch: tuple[np.ndarray, ...] = ()) -> None:
+        matrices = map(_MATRIX, zip(addresses, *self.layout, strict=True))
+        threads.launch(self.kernel, self.workers, *matrices, *self.arguments, *scratch)
 
 
 @functools.lru_cache(maxsize=1024)
 def _forward_call(plan: Plan, workers: int) -> _Call:
     out = contiguous(plan.query, plan.out_shape)
-    batch, matrices = _lay_out([plan.query, plan.key, out], plan.batch, range(len(plan.batch)))
+    batch, layout = _lay_out([plan.query, plan.key, out], plan.batch, range(len(plan.batch)))
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
     arguments = _common(plan, batch, sizes, _forward_blocks(plan, sizes, workers))
-    return _Call(forward if workers > 1 else forward_serial, workers, matrices, arguments)
+    return _Call(forward if workers > 1 else forward_serial, workers, layout, arguments).compiled()
 
 
 @functools.lru_cache(maxsize=1024)
 def _quantized_call(plan: Plan, workers: int) -> _Call:
     out = contiguous(plan.query, plan.out_shape)
-    batch, matrices = _lay_out([plan.query, plan.key, plan.quant_scale or out, out], plan.batch, range(len(plan.batch)))
+    batch, layout = _lay_out([plan.query, plan.key, plan.quant_scale or out, out], plan.batch, range(len(plan.batch)))
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
     common = batch, sizes, _quantized_blocks(sizes, workers), *_score(plan)
     kernel = quantized.forward if workers > 1 else quantized.forward_serial
-    return _Call(kernel, workers, matrices, (plan.query.dtype == "int8", *common))
+    return _Call(kernel, workers, layout, (plan.query.dtype == "int8", *common)).compiled()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -109,14 +124,14 @@ def _tangent_call(
     plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec, workers: int
 ) -> _Call:
     specs = [plan.query, plan.key, tangent_query, tangent_key, saved, contiguous(plan.query, plan.out_shape)]
-    batch, matrices = _lay_out(specs, plan.batch, range(len(plan.batch)))
+    batch, layout = _lay_out(specs, plan.batch, range(len(plan.batch)))
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
     width, fitting = _panel(plan.query.dtype, plan.channels)
     wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
     rows = _split(plan.length_q, width, min(fitting, 256), -(-wanted // sizes[0]))
     tasks = sizes[0] * -(-plan.length_q // rows)
     blocks = (rows, min(_TILE_KEYS, _ceil_to(plan.length_k, width)), min(tasks, wanted))
-    return _Call(jvp if workers > 1 else jvp_serial, workers, matrices, _common(plan, batch, sizes, blocks))
+    return _Call(jvp if workers > 1 else jvp_serial, workers, layout, _common(plan, batch, sizes, blocks)).compiled()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -126,24 +141,24 @@ def _gradient_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers
     shared = broadcast_dims(x, plan.batch)
     order = sorted(range(len(shared)), key=lambda dim: shared[dim])  # dimensions to sum over come last
     specs = [x, y, grad, saved or grad, contiguous(x, x.shape)]
-    batch, matrices = _lay_out(specs, plan.batch, order, transposed=(2, 3) if of_key else ())
+    batch, layout = _lay_out(specs, plan.batch, order, transposed=(2, 3) if of_key else ())
     summed = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if sum_over)
     kept = math.prod(n for n, sum_over in zip(plan.batch, shared, strict=True) if not sum_over)
     sizes = (kept, summed, x.shape[-2], y.shape[-2], plan.channels)
-    x_is_row = matrices[2].column <= matrices[2].row  # read grad along its rows
+    x_is_row = layout.columns[2] <= layout.rows[2]  # read grad along its rows
     arguments = _common(plan, batch, sizes, _backward_blocks(plan, sizes, workers, x_is_row))
-    return _Call(backward if workers > 1 else backward_serial, workers, matrices, arguments)
+    return _Call(backward if workers > 1 else backward_serial, workers, layout, arguments).compiled()
 
 
 def _lay_out(
     specs: Sequence[ArraySpec], batch: Shape, order: Sequence[int], transposed: Sequence[int] = ()
-) -> tuple[np.ndarray, tuple[Matrix, ...]]:
-    """The table of batch shape and strides, dimensions in ``order``, and a Matrix (address 0) for each array."""
+) -> tuple[np.ndarray, _Layout]:
+    """The table of batch shape and strides, dimensions in ``order``, and the layout of all arrays."""
     expanded = [batch_strides(spec, batch) for spec in specs]
     shape, strides = collapse(tuple(batch[d] for d in order), [tuple(s[d] for d in order) for s in expanded])
-    rows_columns = [spec.strides[-2:][:: -1 if i in transposed else 1] for i, spec in enumerate(specs)]
-    matrices = tuple(Matrix(0, row, column, number) for number, (row, column) in enumerate(rows_columns, start=1))
-    return np.array([shape, *strides], np.int64), matrices
+    pairs = [spec.strides[-2:][:: -1 if i in transposed else 1] for i, spec in enumerate(specs)]
+    rows, columns = zip(*pairs, strict=True)
+    return np.array([shape, *strides], np.int64), _Layout(rows, columns, tuple(range(1, len(specs) + 1)))
 
 
 def _common(plan: Plan, batch: np.ndarray, sizes: Shape, blocks: tuple) -> tuple:

@@ -90,8 +90,11 @@ def load_rows(source, dtype, row_stride, column_stride, rows, columns, target):
         else:
             for c in range(first, columns):
                 target[r, c] = peek(source, base + c * column_stride, np.float64(0))
-        target[r, columns:] = 0
-    target[rows:] = 0
+        for c in range(columns, target.shape[1]):
+            target[r, c] = 0
+    for r in range(rows, target.shape[0]):
+        for c in range(target.shape[1]):
+            target[r, c] = 0
 
 
 @kernel()

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..plan_attention import AttentionPlan
+from ..plan_attention import AttentionPlan, Saved
 from . import calls_attention
-from .backend import _current, _run
+from .backend import machine_of
 
 
 def attention_forward(
     plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
     """Write ``out``, in its dtype, and ``softmax``."""
-    device, stream = _current(plan, query)
-    with device, stream:
-        calls_attention.attention_forward(_run, plan, query, key, value, mask, out, softmax)
+    device, machine = machine_of(plan, query)
+    with device:
+        calls_attention.attention_forward(machine, plan, query, key, value, mask, out, softmax)
 
 
-def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Write ``wanted``, of dquery, dkey and dvalue, from ``given``."""
-    device, stream = _current(plan, given["query"])
-    with device, stream:
-        calls_attention.attention_backward(_run, plan, given, wanted)
+    device, machine = machine_of(plan, given["query"])
+    with device:
+        calls_attention.attention_backward(machine, plan, given, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Mapping
@@ -19,52 +20,51 @@ from .registry import KernelError
 
 def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     """Write the scores of ``query`` and ``key`` to ``out``."""
-    device, stream = _current(plan, query)
-    with device, stream:
-        calls.scores_forward(_run, plan, query, key, out)
+    device, machine = machine_of(plan, query)
+    with device:
+        calls.scores_forward(machine, plan, query, key, out)
 
 
 def scores_quantized(plan: Plan, query: Any, key: Any, quant_scale: Any | None, out: Any) -> None:
     """Write the scores of 8-bit ``query`` and ``key`` to ``out``."""
-    device, stream = _current(plan, query)
-    with device, stream:
-        calls.scores_quantized(_run, plan, query, key, quant_scale, out)
+    device, machine = machine_of(plan, query)
+    with device:
+        calls.scores_quantized(machine, plan, query, key, quant_scale, out)
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
     """Write the gradients that are not None; ``saved`` is the forward result or None."""
-    device, stream = _current(plan, query)
-    with device, stream:
-        calls.scores_backward(_run, plan, grad, query, key, saved, dquery, dkey)
+    device, machine = machine_of(plan, query)
+    with device:
+        calls.scores_backward(machine, plan, grad, query, key, saved, dquery, dkey)
 
 
 def scores_jvp(
     plan: Plan, query: Any, key: Any, tangent_query: Any, tangent_key: Any, saved: Any | None, out: Any
 ) -> None:
     """Write the tangent of the scores to ``out``; ``saved`` is the forward result, or None where F' is constant."""
-    device, stream = _current(plan, query)
-    with device, stream:
-        calls.scores_jvp(_run, plan, query, key, tangent_query, tangent_key, saved, out)
+    device, machine = machine_of(plan, query)
+    with device:
+        calls.scores_jvp(machine, plan, query, key, tangent_query, tangent_key, saved, out)
 
 
-def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -> None:
-    addresses = {name: arrays.address(array) for operands in (given, written) for name, array in operands.items()}
-    arguments = launch.arguments(addresses)
-    # CuPy passes a NumPy array by value: the bytes of the struct.
-    packed = np.frombuffer(arguments, np.dtype((np.void, len(arguments))))
-    compiler.kernel(launch)((launch.grid,), (launch.threads,), (packed,))
-
-
-def _current(plan: Plan | AttentionPlan, query: Any) -> tuple[Any, Any]:
-    """CuPy's device and stream to enter: those of the arrays, and of the caller."""
+def machine_of(plan: Plan | AttentionPlan, query: Any) -> tuple[contextlib.AbstractContextManager, calls.Machine]:
+    """What makes the device of the arrays the current one, and what launches kernels there on the caller's stream."""
     try:
         import cupy
     except ImportError:
         raise KernelError(f"arrays on {plan.query.device} need CuPy: {compiler.missing()}") from None
     index = int(plan.query.device.partition(":")[2])
-    if not arrays.is_torch(query):
-        return cupy.cuda.Device(index), cupy.cuda.get_current_stream(index)
-    return cupy.cuda.Device(index), _stream(index, sys.modules["torch"].cuda.current_stream(index).cuda_stream)
+    is_current = cupy.cuda.runtime.getDevice() == index
+    if arrays.is_torch(query):
+        stream = _stream(index, sys.modules["torch"]._C._cuda_getCurrentRawStream(index))
+    else:
+        stream = cupy.cuda.get_current_stream(index)
+    return _AS_IT_IS if is_current else cupy.cuda.Device(index), functools.partial(_run, index, stream)
+
+
+#: Entering and leaving the current device would take as long as all that it is for.
+_AS_IT_IS = contextlib.nullcontext()
 
 
 @functools.lru_cache(maxsize=256)
@@ -73,3 +73,17 @@ def _stream(device: int, handle: int) -> Any:
     import cupy
 
     return cupy.cuda.ExternalStream(handle, device) if handle else cupy.cuda.Stream.null
+
+
+def _run(device: int, stream: Any, launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    """Launch on a device that is the current one. The stream is not made the current one: that would take longer."""
+    addresses = {name: arrays.address(array) for operands in (given, written) for name, array in operands.items()}
+    arguments = launch.arguments(addresses)
+    # CuPy passes a NumPy array by value: the bytes of the struct.
+    packed = np.frombuffer(arguments, _bytes(len(arguments)))
+    compiler.kernel(launch, device)((launch.grid,), (launch.threads,), (packed,), stream=stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _bytes(count: int) -> np.dtype:
+    return np.dtype((np.void, count))

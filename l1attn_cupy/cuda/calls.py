@@ -71,10 +71,13 @@ def scores_jvp(
     saved: Any | None,
     out: Any,
 ) -> None:
-    """Write the tangent of the scores to ``out``; ``saved`` is the forward result, or None where F' is constant."""
+    """Write the tangent of the scores to ``out``; ``saved`` is the forward result, or None where F' is constant.
+
+    Kernels take scores in any case: then what lies in ``out``, of which nothing comes.
+    """
     plan, query, key = _with_contiguous_rows(plan, query, key)
     tangent_query, tangent_key = map(arrays.with_contiguous_rows, (tangent_query, tangent_key))
-    saved = arrays.zeros(plan.out_shape, query) if saved is None else arrays.with_contiguous_rows(saved)
+    saved = out if saved is None else arrays.with_contiguous_rows(saved)
     call = launch.scores_jvp(plan, *map(arrays.describe, (tangent_query, tangent_key, saved)))
     given = {"query": query, "key": key, "tangent_query": tangent_query, "tangent_key": tangent_key, "scores": saved}
     machine(call, given, {"out": out})

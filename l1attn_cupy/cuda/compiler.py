@@ -25,11 +25,9 @@ def missing() -> str:
     return ""
 
 
-def kernel(launch: Launch) -> Any:
+def kernel(launch: Launch, device: int) -> Any:
     """The compiled kernel of ``launch`` for the current device, compiled at most once for each text of its file."""
-    import cupy
-
-    return _compile(launch.source, launch.variant.op, launch.defines, cupy.cuda.runtime.getDevice())
+    return _compile(launch.source, launch.variant.op, launch.defines, device)
 
 
 @functools.lru_cache(maxsize=512)

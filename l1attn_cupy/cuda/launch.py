@@ -103,12 +103,12 @@ class Launch:
 
 def scores_forward(plan: Plan) -> Launch:
     """The launch that computes the scores; no dimension of them is 0. Arrays: query, key, out."""
-    return _scores_forward(registry.generation(), plan)
+    return _scores_forward(registry.generation("scores_forward"), plan)
 
 
 def scores_backward(plan: Plan, grad: ArraySpec, saved: ArraySpec, need_query: bool, need_key: bool) -> Launch:
     """The launch that computes the gradients that are needed. Arrays: query, key, grad, scores, dquery, dkey."""
-    return _scores_backward(registry.generation(), plan, grad, saved, need_query, need_key)
+    return _scores_backward(registry.generation("scores_backward"), plan, grad, saved, need_query, need_key)
 
 
 def scores_quantized(plan: Plan) -> Launch:
@@ -118,7 +118,7 @@ def scores_quantized(plan: Plan) -> Launch:
 
 def scores_jvp(plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec) -> Launch:
     """The launch that computes the tangent. Arrays: query, key, tangent_query, tangent_key, scores, out."""
-    return _scores_jvp(registry.generation(), plan, tangent_query, tangent_key, saved)
+    return _scores_jvp(registry.generation("scores_jvp"), plan, tangent_query, tangent_key, saved)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -81,12 +81,12 @@ def attention_forward(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> La
 
     If `splits` is not 1, out and softmax are those of `parts`, for `attention_merge`.
     """
-    return _forward(registry.generation(), plan, tuple(specs.items()))
+    return _forward(registry.generation("attention_"), plan, tuple(specs.items()))
 
 
 def splits(plan: AttentionPlan) -> int:
     """How many blocks share the keys of a tile of queries: more than one where there are few tiles."""
-    return _splits(registry.generation(), plan)
+    return _splits(registry.generation("attention_"), plan)
 
 
 def parts(plan: AttentionPlan) -> dict[str, ArraySpec]:
@@ -98,17 +98,17 @@ def parts(plan: AttentionPlan) -> dict[str, ArraySpec]:
 
 def attention_merge(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
     """The launch that computes out and softmax from those of the `parts`, "out_parts" and "softmax_parts"."""
-    return _merge(registry.generation(), plan, tuple(specs.items()))
+    return _merge(registry.generation("attention_"), plan, tuple(specs.items()))
 
 
 def attention_backward(plan: AttentionPlan, specs: Mapping[str, ArraySpec], dx: str, dxv: str) -> Launch:
     """The launch that computes dquery, or dkey, dvalue or both: "" is one that is not wanted."""
-    return _backward(registry.generation(), plan, tuple(specs.items()), dx, dxv)
+    return _backward(registry.generation("attention_backward"), plan, tuple(specs.items()), dx, dxv)
 
 
 def attention_mask_gradient(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
     """The launch that computes dmask."""
-    return _mask_gradient(registry.generation(), plan, tuple(specs.items()))
+    return _mask_gradient(registry.generation("attention_mask_gradient"), plan, tuple(specs.items()))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -112,12 +112,16 @@ def dtypes_of(op: str) -> dict[str, str]:
     return BYTES if op.endswith("_quantized") else FLOATS
 
 
-def generation() -> int:
-    """A number that changes when a kernel or tuning file does, or the folders; what is cached by it is never stale."""
+def generation(op: str = "") -> int:
+    """A number that changes when a file does that a call of ``op`` depends on; what is cached by it is never stale.
+
+    These are its kernels, headers and tuning files, and which files there are at all. By default, all files; otherwise
+    ``op`` may be the beginning of several.
+    """
     own = os.environ.get("L1ATTN_KERNELS")
     try:
-        stamps = tuple(_stamps(str(folder)) for folder in _known_folders(own))
-        state = (own, os.environ.get("L1ATTN_EMULATOR_DEVICE"), _identity(_only.get()), stamps)
+        stamps = tuple([_stamps(folder, op) for folder in _known_folders(own)])
+        state = (op, own, os.environ.get("L1ATTN_EMULATOR_DEVICE"), _identity(_only.get()), stamps)
     except FileNotFoundError as error:  # a folder that was there, or a link to nowhere
         _known_folders.cache_clear()
         folders()
@@ -126,24 +130,25 @@ def generation() -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _known_folders(own: str | None) -> list[Path]:
-    return folders()
+def _known_folders(own: str | None) -> list[str]:
+    return list(map(str, folders()))
 
 
-def _stamps(folder: str) -> tuple:
+def _stamps(folder: str, op: str) -> tuple:
     """When the folder and each file in it were last changed; a system call for each, this runs on every call."""
     changed = os.stat(folder).st_mtime_ns
-    files, tuning = _files(folder, changed)
-    own = changed, *(os.stat(path).st_mtime_ns for path in files)
-    return (own, _stamps(tuning)) if tuning else own
+    files, tuning = _files(folder, changed, op)
+    own = changed, *[os.stat(path).st_mtime_ns for path in files]
+    return (own, _stamps(tuning, op)) if tuning else own
 
 
-@functools.lru_cache(maxsize=16)
-def _files(folder: str, changed: int) -> tuple[list[str], str]:
-    """The kernels or tuning files in it, and its folder of tuning files, if it has one; not the locks of editors."""
-    files = [path for pattern in ("[!.]*.cu*", "[!.]*.json") for path in Path(folder).glob(pattern)]
+@functools.lru_cache(maxsize=64)
+def _files(folder: str, changed: int, op: str) -> tuple[list[str], str]:
+    """The files in it that ``op`` depends on, and its folder of tuning files, if any; not the locks of editors."""
+    found = [path for pattern in ("[!.]*.cu*", "[!.]*.json") for path in Path(folder).glob(pattern)]
+    files = [str(path) for path in found if path.suffix != ".cu" or path.name.startswith(op)]
     tuning = Path(folder, "tuning")
-    return sorted(map(str, files)), str(tuning) if tuning.is_dir() else ""
+    return sorted(files), str(tuning) if tuning.is_dir() else ""
 
 
 _generations: dict[tuple, int] = {}

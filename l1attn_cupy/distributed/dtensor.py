@@ -59,7 +59,7 @@ def register_dtensor() -> None:
             "register_dtensor needs a torch with torch.distributed.tensor.experimental.register_sharding, whose "
             f"DTensor has _op_dispatcher.sharding_propagator.op_to_schema_info, got {torch.__version__} ({error})"
         ) from error
-    for name in ("scores", "scores_backward", "attention", "attention_backward"):
+    for name in ("scores", "scores_backward", "scores_jvp", "attention", "attention_backward"):
         op = getattr(torch.ops.l1attn, name).default
         register_sharding(op)(functools.partial(_shardings, op))
         # Results have other shapes with other flags, so what is known of them goes by these, too.

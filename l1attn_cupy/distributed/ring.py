@@ -188,6 +188,7 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
         name = "the gradient of ring_l1_attention"  # before anything is sent that nobody would receive
         plan_ring.check_transforms(name, autograd.has_tangents(), autograd.is_transformed())
+        plan_ring.check_one_gradient(name, any(autograd.is_batch(x) for x in (grad_out, grad_lse) if x is not None))
         query, key, value, out, softmax = ctx.saved_tensors
         if grad_out is None:  # other ranks may have one
             grad_out = torch.zeros_like(out, dtype=query.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..cuda import calls_attention
-from ..plan_attention import AttentionPlan
+from ..plan_attention import AttentionPlan, Saved
 from .backend import _run
 
 
@@ -17,6 +17,6 @@ def attention_forward(
     calls_attention.attention_forward(_run, plan, query, key, value, mask, out, softmax)
 
 
-def attention_backward(plan: AttentionPlan, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Write ``wanted``, of dquery, dkey and dvalue, from ``given``."""
     calls_attention.attention_backward(_run, plan, given, wanted)

@@ -113,7 +113,7 @@ def scores_backward(plan: Plan, grad: ArraySpec, saved: ArraySpec, need_query: b
 
 def scores_quantized(plan: Plan) -> Launch:
     """The launch that computes the scores of 8-bit arrays. Arrays: query, key, quant_scale, out."""
-    return _scores_quantized(registry.generation(), plan)
+    return _scores_quantized(registry.generation("scores_quantized"), plan)
 
 
 def scores_jvp(plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec) -> Launch:

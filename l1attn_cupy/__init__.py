@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from .api import l1_scores, l1_scores_backward, show_config, variants
 from .attention import l1_attention, l1_attention_backward, l1_attention_varlen
+from .cpu.pages import free_all_blocks
 from .quantize import quantize_for_l1
 
 if TYPE_CHECKING:
     from .modules import L1MultiheadAttention as L1MultiheadAttention
 
 __all__ = [
+    "free_all_blocks",
     "l1_attention",
     "l1_attention_backward",
     "l1_attention_varlen",

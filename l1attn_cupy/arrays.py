@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .cpu import pages
 from .plan import ArraySpec, Shape, check_dense
 
 
@@ -123,9 +125,21 @@ def address(array: Any) -> int:
 
 
 def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:
-    """A new array of the library and device of ``like``, and of its dtype or the one named."""
+    """A new array of the library and device of ``like``, and of its dtype or the one named.
+
+    Large ones on the CPU lie in memory of earlier ones, see `cpu.pages`.
+    """
     if is_torch(like):
-        return like.new_empty(shape, dtype=None if dtype is None else getattr(sys.modules["torch"], dtype))
+        torch = sys.modules["torch"]
+        number = like.dtype if dtype is None else getattr(torch, dtype)
+        memory = pages.borrow(math.prod(shape) * number.itemsize) if like.device.type == "cpu" else None
+        if memory is None:
+            return like.new_empty(shape, dtype=number)
+        return like.new_empty(0, dtype=number).set_(torch.from_numpy(memory).untyped_storage(), 0, shape)
+    if isinstance(like, np.ndarray):
+        number = np.dtype(dtype or like.dtype)
+        memory = pages.borrow(math.prod(shape) * number.itemsize)
+        return np.empty(shape, number) if memory is None else memory.view(number).reshape(shape)
     with _device_of(like):
         return _namespace(like).empty(shape, dtype or like.dtype)
 

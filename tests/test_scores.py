@@ -33,6 +33,18 @@ def test_scores_odd_sizes(lengths):
         testing.Expected(query, key, **call).assert_scores(l1.l1_scores(query, key, **call))
 
 
+@pytest.mark.parametrize("score", ["inverse", "laplacian"])
+@pytest.mark.parametrize("lengths", [(33, 131, 1031), (1, 1057, 300)], ids=str)
+def test_scores_many_tiles_of_keys(lengths, score):
+    """Rows are so long that keys come in several tiles, and queries so few that threads share out the keys."""
+    length_q, length_k, channels = lengths
+    call = options(score, channels)
+    query, key, _ = testing.inputs((length_q, channels), (length_k, channels), "float32")
+    result = l1.l1_scores(query, key, **call)
+    testing.Expected(query, key, **call).assert_scores(result)
+    assert_identical(l1.l1_scores(query, key[70:99], **call), result[:, 70:99])
+
+
 @pytest.mark.parametrize("ties", [False, True], ids=["random", "tied"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score", SCORES)

@@ -221,6 +221,22 @@ def test_scores_backward_same_bits_wherever_a_row_sits(dtype):
     assert_identical(rows[0], dquery[3, 40:41])
 
 
+@pytest.mark.parametrize("infinite", [False, True], ids=["finite", "infinite"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_scores_backward_same_bits_in_one_pass_or_two(dtype, infinite):
+    """Batch entries that share no rows may have both gradients from one pass; those that do have two."""
+    query, key, grad = testing.inputs((3, 131, 33), (3, 321, 33), dtype, ties=True)
+    query[1:], key[1:] = query[0], key[0]
+    if infinite:
+        grad[0, 70, 300] = torch.inf
+    both = l1.l1_scores_backward(grad, query, key, scale=0.3)
+    shared_key = l1.l1_scores_backward(grad, query, key[:1], scale=0.3)[0]
+    shared_query = l1.l1_scores_backward(grad, query[:1], key, scale=0.3)[1]
+    assert_both_identical(both, (shared_key, shared_query))
+    transposed = grad.mT.contiguous().mT
+    assert_both_identical(l1.l1_scores_backward(transposed, query, key, scale=0.3), both)
+
+
 def test_scores_backward_symmetric():
     """Exchanging query and key exchanges their gradients, bit for bit."""
     query, key, grad = testing.inputs((65, 33), (97, 33), "float32")

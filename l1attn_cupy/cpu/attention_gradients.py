@@ -32,8 +32,8 @@ from .attention import (
 from .elements import apply_derivative, load_rows, store_rows
 from .jit import kernel
 from .scores import _address, _blocks, _load_panels, _scatter_any
-from .vector import lanes, pack, panel_width, peek, poke, scatter_rows, sign_scatter
-from .vector_attention import CHANNELS_PER_SUM, sign_scatter_both, softmax_backward_step, sum_products
+from .vector import lanes, pack, panel_width, peek, poke, scatter_rows, sign_scatter, sign_scatter_both
+from .vector_attention import CHANNELS_PER_SUM, softmax_backward_step, sum_products
 
 _WIDTH4, _WIDTH8 = panel_width(4), panel_width(8)
 _ROWS4, _ROWS8 = scatter_rows(4), scatter_rows(8)
@@ -116,19 +116,16 @@ def _masked_scores(source, mask, kind, dtype, scores, difference, x_count, y_cou
 @kernel()
 def _scatter_any_back(x, y, h, x_count, y_count, dy):
     """The sums for y of `sign_scatter_both` for any h, in the same order: rows without NaN keep their bits."""
-    group, zero = _ROWS4 if x.itemsize == 4 else _ROWS8, x.dtype.type(0)
-    for first in range(0, x_count, group):
-        for j in range(y_count):
-            for e in range(x.shape[1]):
-                plus, minus = dy[j, e], zero
-                for c in range(first, min(first + group, x_count)):
-                    if x[c, e] > y[j, e]:
-                        minus += h[j, c]
-                    elif x[c, e] < y[j, e]:
-                        plus += h[j, c]
-                    elif h[j, c] * zero != 0:
-                        plus += h[j, c] * zero
-                dy[j, e] = plus - minus
+    zero = x.dtype.type(0)
+    for j in range(y_count):
+        for e in range(x.shape[1]):
+            for c in range(x_count):
+                if x[c, e] > y[j, e]:
+                    dy[j, e] -= h[j, c]
+                elif x[c, e] < y[j, e]:
+                    dy[j, e] += h[j, c]
+                else:
+                    dy[j, e] += h[j, c] * zero
 
 
 @kernel()

@@ -13,16 +13,28 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
-from . import jit, pages, quantized, threads
+from . import jit, quantized, threads
 from .elements import DTYPE_CODES
-from .scores import Y_BLOCK, Matrix, backward, backward_serial, forward, forward_serial
+from .scores import (
+    Y_BLOCK,
+    Matrix,
+    backward,
+    backward_both,
+    backward_both_serial,
+    backward_serial,
+    forward,
+    forward_serial,
+)
 from .tangents import jvp, jvp_serial
 from .vector import panel_width
 
 #: Numbers in one block of rows in scratch memory: 256 KiB in float32, a part of any L2 cache.
 _BLOCK_NUMBERS = 1 << 16
 
-#: Keys in one tile of scores, whose rows are written at once.
+#: Most memory for what a batch entry needs while both its gradients are made, of all threads together.
+_GRADIENT_BYTES = 32 << 20
+
+#: Keys in one tile of tangents of scores.
 _TILE_KEYS = 64
 
 #: Tasks for each thread, so that a slow core does not hold up the others.
@@ -33,19 +45,15 @@ def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     """Write the scores of ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
     workers = threads.count(query, terms=math.prod(plan.out_shape) * max(plan.channels, 1))
     call = _forward_call(plan, workers)
-    address = arrays.address(out)
-    pages.advise(address, math.prod(plan.out_shape) * ITEMSIZE[plan.query.dtype])
-    call.launch(arrays.address(query), arrays.address(key), address)
+    call.launch(*map(arrays.address, (query, key, out)))
 
 
 def scores_quantized(plan: Plan, query: Any, key: Any, quant_scale: Any | None, out: Any) -> None:
     """Write the scores of 8-bit ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
     workers = threads.count(query, terms=math.prod(plan.out_shape) * max(plan.channels, 1))
     call = _quantized_call(plan, workers)
-    address = arrays.address(out)
-    pages.advise(address, math.prod(plan.out_shape) * ITEMSIZE[plan.out_dtype])
     scale_at = 0 if quant_scale is None else arrays.address(quant_scale)
-    call.launch(arrays.address(query), arrays.address(key), scale_at, address)
+    call.launch(arrays.address(query), arrays.address(key), scale_at, arrays.address(out))
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
@@ -54,6 +62,12 @@ def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dqu
     workers = threads.count(query, terms=math.prod(plan.out_shape) * plan.channels)
     ours = arrays.address(query), arrays.address(key)
     given = arrays.address(grad), 0 if saved is None else arrays.address(saved)
+    if dquery is not None and dkey is not None and _at_once(plan, workers):
+        call, swapped = _both_call(plan, *specs, workers)
+        results = arrays.address(dquery), arrays.address(dkey)
+        order = 1 if swapped else -1
+        call.launch(*ours[::order], *given, *results[::order])
+        return
     if dquery is not None:
         _gradient_call(plan, *specs, workers, of_key=False).launch(*ours, *given, arrays.address(dquery))
     if dkey is not None:
@@ -150,6 +164,31 @@ def _gradient_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers
     return _Call(backward if workers > 1 else backward_serial, workers, layout, arguments).compiled()
 
 
+def _at_once(plan: Plan, workers: int) -> bool:
+    """Whether both gradients are best made in one pass, whose tasks are batch entries.
+
+    A term of it costs 4 instructions for both, one of two passes 3 for each.
+    """
+    batches = math.prod(plan.batch)
+    shared = any(any(broadcast_dims(x, plan.batch)) for x in (plan.query, plan.key))
+    itemsize = 8 if plan.query.dtype == "float64" else 4
+    size = 2 * max(plan.length_q, plan.length_k) * plan.channels * itemsize * workers
+    return not shared and size <= _GRADIENT_BYTES and 4 * -(-batches // workers) * workers <= 6 * batches
+
+
+@functools.lru_cache(maxsize=1024)
+def _both_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers: int) -> tuple[_Call, bool]:
+    """The call for both gradients, and whether x, along which rows of grad run, is the query."""
+    swapped = grad.strides[-1] > grad.strides[-2]
+    x, y = (plan.query, plan.key) if swapped else (plan.key, plan.query)
+    specs = [x, y, grad, saved or grad, contiguous(x, x.shape), contiguous(y, y.shape)]
+    batch, matrices = _lay_out(specs, plan.batch, range(len(plan.batch)), transposed=(2, 3) if swapped else ())
+    sizes = (math.prod(plan.batch), x.shape[-2], y.shape[-2], plan.channels)
+    runs = min(sizes[0], 1 if workers == 1 else workers * _TASKS_PER_THREAD)
+    arguments = _common(plan, batch, sizes, runs)
+    return _Call(backward_both if workers > 1 else backward_both_serial, workers, matrices, arguments), swapped
+
+
 def _lay_out(
     specs: Sequence[ArraySpec], batch: Shape, order: Sequence[int], transposed: Sequence[int] = ()
 ) -> tuple[np.ndarray, _Layout]:
@@ -161,7 +200,7 @@ def _lay_out(
     return np.array([shape, *strides], np.int64), _Layout(rows, columns, tuple(range(1, len(specs) + 1)))
 
 
-def _common(plan: Plan, batch: np.ndarray, sizes: Shape, blocks: tuple) -> tuple:
+def _common(plan: Plan, batch: np.ndarray, sizes: Shape, blocks: tuple | int) -> tuple:
     """The arguments that both kernels take after the matrices."""
     dtype = plan.query.dtype
     return DTYPE_CODES[dtype], ITEMSIZE[dtype], batch, sizes, blocks, *_score(plan)
@@ -190,12 +229,11 @@ def _forward_blocks(plan: Plan, sizes: Shape, workers: int) -> tuple[int, int, i
     batches, length_q, length_k, _ = sizes
     width, fitting = _panel(plan.query.dtype, plan.channels)
     wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
-    rows = _split(length_q, width, min(fitting, 256), -(-wanted // batches))
+    rows = _split(length_q, width, fitting, -(-wanted // batches))
     row_tasks = batches * -(-length_q // rows)
-    tile_keys = min(_TILE_KEYS, _ceil_to(length_k, width))
-    keys = _split(length_k, tile_keys, _ceil_to(length_k, tile_keys), -(-wanted // row_tasks))
+    keys = _split(length_k, width, _ceil_to(length_k, width), -(-wanted // row_tasks))
     tasks = row_tasks * -(-length_k // keys)
-    return rows, keys, tile_keys, min(tasks, wanted)
+    return rows, keys, min(keys, max(width, fitting // 2 // width * width)), min(tasks, wanted)
 
 
 def _quantized_blocks(sizes: Shape, workers: int) -> tuple[int, int, int, int]:

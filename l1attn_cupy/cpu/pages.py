@@ -1,34 +1,136 @@
-"""Large results in huge pages: a fresh 32 MiB result costs 8,192 page faults of 4 KiB, as long as half of its sums."""
+"""Memory of large results: in huge pages, and used again.
+
+Before the operating system lends a page it zeroes it, at a fault of its own: for a result of 32 MiB that takes as long
+as a quarter of the sums. So memory of results that are no longer in use is kept for the next ones, as CuPy keeps that
+of the GPU. It is marked as free (MADV_FREE): the system takes it back when it needs it, and lends it unzeroed until
+then.
+
+A result is an array over a `_Loan`, which gives the memory back when it dies: views and tensors over the same memory
+keep it alive. Objects may die at any time, in any thread, in the middle of the code below, too. So nobody ever waits
+for its lock: who does not get it does without the pool.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import math
 import mmap
+import os
 import sys
+import threading
 from collections.abc import Callable
 
-#: From this size on; NumPy does the same for its own arrays.
+import numpy as np
+
+#: From this size on; NumPy asks for huge pages from the same size on.
 _LARGE = 1 << 22
 _HUGE_PAGE = 1 << 21
 
+#: What the pool keeps at most, in MiB, unless the environment variable says otherwise.
+_VARIABLE, _MOST_MIB = "L1ATTN_POOL_MIB", 256
 
-def advise(address: int, nbytes: int) -> None:
-    """Ask Linux to back the memory with huge pages when it is first written; elsewhere do nothing."""
-    if nbytes < _LARGE:
-        return
-    madvise = _madvise()
-    if madvise is not None:
-        first = -(-address // _HUGE_PAGE) * _HUGE_PAGE
-        last = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE
-        if last > first:
-            madvise(first, last - first, mmap.MADV_HUGEPAGE)
+_offered = sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")
 
 
-@functools.lru_cache(maxsize=1)
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+class _Memory:
+    """Pages of one mapping, from ``address`` on, where a huge page begins; they end with this object."""
+
+    __slots__ = ("address", "mapping", "size")
+
+    def __init__(self, size: int):
+        self.size = size
+        self.mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.mapping.madvise(mmap.MADV_HUGEPAGE)
+        start = np.frombuffer(self.mapping, np.uint8).__array_interface__["data"][0]
+        self.address = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+
+
+class _Pool:
+    """Memory that is not in use, that of which was given last at the end."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything. In a forked child these are copies of its parent's pages, and its lock may be taken."""
+        self.lock = threading.Lock()
+        self.kept: list[_Memory] = []
+
+    def take(self, size: int) -> _Memory:
+        """Memory of this size: what was given last, or new."""
+        if self.lock.acquire(blocking=False):
+            try:
+                for i in reversed(range(len(self.kept))):
+                    if self.kept[i].size == size:
+                        return self.kept.pop(i)
+            finally:
+                self.lock.release()
+        return _Memory(size)
+
+    def give(self, memory: _Memory) -> None:
+        """Keep memory, and drop what was given first if that is too much."""
+        most = limit()
+        if memory.size > most:
+            return
+        memory.mapping.madvise(mmap.MADV_FREE)
+        dropped = []  # they end when the lock is free again
+        if self.lock.acquire(blocking=False):
+            try:
+                self.kept.append(memory)
+                while sum(one.size for one in self.kept) > most:
+                    dropped.append(self.kept.pop(0))
+            finally:
+                self.lock.release()
+
+
+_pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.reset)
+
+
+class _Loan:
+    """Lends memory to arrays, by NumPy's protocol for that."""
+
+    __slots__ = ("__array_interface__", "memory")
+
+    def __init__(self, memory: _Memory, nbytes: int):
+        self.memory = memory
+        self.__array_interface__ = {"data": (memory.address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+    def __del__(self, exiting: Callable[[], bool] = sys.is_finalizing, give: Callable[..., None] = _pool.give) -> None:
+        if not exiting():  # when modules are gone already
+            give(self.memory)
+
+
+def limit() -> int:
+    """Bytes that the pool keeps at most; 0 where there is none."""
+    named = os.environ.get(_VARIABLE, str(_MOST_MIB))
+    try:
+        mib = float(named)
+    except ValueError:
+        mib = math.nan
+    if not 0 <= mib < math.inf:
+        raise ValueError(f"{_VARIABLE} must be a number of MiB, at least 0, got {named!r}")
+    return int(mib * 2**20) if _offered else 0
+
+
+def kept() -> int:
+    """Bytes in the pool."""
+    return sum(memory.size for memory in list(_pool.kept))
+
+
+def borrow(nbytes: int) -> np.ndarray | None:
+    """``nbytes`` bytes for a large result; None for what the caller's own library is to make, as for all small ones."""
+    if nbytes < _LARGE or limit() == 0:
         return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+    size = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
+    return np.asarray(_Loan(_pool.take(size), nbytes))
+
+
+def free_all_blocks() -> None:
+    """Give the memory that is kept for the next large results on the CPU back to the operating system.
+
+    Memory of arrays that are in use is not touched. Large results (4 MiB and above) are made in memory of earlier ones
+    that are no longer in use, of which at most 256 MiB are kept, or what the environment variable ``L1ATTN_POOL_MIB``
+    says; with 0 there is no pool. See ``cupy.get_default_memory_pool().free_all_blocks()`` for results on a GPU.
+    """
+    _pool.reset()

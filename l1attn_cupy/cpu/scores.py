@@ -1,11 +1,14 @@
 """L1 scores and their vector-Jacobian product on the CPU.
 
 Forward: a task is a block of queries against a range of keys of one batch entry. Queries and keys are packed into
-panels, and `vector.sum_abs_diff` fills one panel-by-panel tile at a time; F is applied while the tile is in L1.
+panels, as many keys as fit the L2 cache, so that a row of the result is written from end to end. `vector.sum_and_score`
+fills one panel-by-panel tile of distances at a time, and meanwhile scores the one before. What does not fill a tile,
+and results that need more than a scale or a division, go through strips of scores in L1.
 
 Backward: a task owns a block of rows of one gradient and runs over everything that contributes to it, in a fixed
 order, so that the result does not depend on the number of threads. ``h = grad * F'(x) * scale`` exists one tile at a
 time. Both gradients are one function: for dkey the roles of query and key are swapped, and so are the axes of h.
+Where batch entries are work enough for all threads, a task is one of them, and makes both gradients at once.
 """
 
 from __future__ import annotations
@@ -15,14 +18,35 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from ..functions import INVERSE, LAPLACIAN, NEGATIVE
-from .elements import apply_derivative, apply_score, load_rows, store_rows
+from ..functions import DISTANCE, INVERSE, LAPLACIAN, NEGATIVE
+from .elements import FLOAT32, FLOAT64, apply_derivative, apply_score, load_rows, store_rows
 from .jit import kernel
-from .vector import invert, lanes, pack, panel_width, scatter_rows, sign_scatter, store_scores, sum_abs_diff
+from .vector import (
+    address_of,
+    chain_rule,
+    invert,
+    lanes,
+    pack,
+    panel_width,
+    scatter_rows,
+    sign_scatter,
+    sign_scatter_both,
+    sum_abs_diff,
+    sum_and_score,
+)
 
 #: Channels summed in one run of `sum_abs_diff`. A longer row is a sum of such partial sums, so that its rounding error
 #: does not grow with the number of channels.
 CHANNELS_PER_SUM = 128
+
+#: Rows of x, a multiple of `Y_BLOCK`, that h is made for at once where both gradients are: memory is read in long runs.
+X_BLOCK = 256
+
+#: Bytes in a cache line, or more.
+CACHE_LINE = 64
+
+#: Keys in a strip of scores that are stored together, where they do not go straight to the result.
+STRIP = 64
 
 #: Rows of y in one tile of the backward pass; partial sums over so many terms are added to the gradient.
 Y_BLOCK = 64
@@ -98,13 +122,16 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = _blocks(channels, width) * width
     inverse, factor = score == INVERSE, -scalars[0] if score == NEGATIVE else scalars[0]
-    direct = score != LAPLACIAN and channels <= CHANNELS_PER_SUM and itemsize == scalars.itemsize
+    direct = score != LAPLACIAN and itemsize == scalars.itemsize
     for run in prange(runs):
         scratch = np.empty((width, padded), scalars.dtype)
         q_panels = np.empty((q_block // width, padded, width), scalars.dtype)
         k_panels = np.empty((tile_keys // width, padded, width), scalars.dtype)
-        tile = np.empty((width, tile_keys), scalars.dtype)
-        half = np.empty((width, tile_keys), np.uint16)
+        tile = np.empty((width, STRIP), scalars.dtype)
+        half = np.empty((width, STRIP), np.uint16)
+        # The distances that were summed last, and where their scores belong: as yet there are none.
+        distances = np.zeros((width, width), scalars.dtype)
+        to, stride = address_of(distances), width
         for task in range(tasks * run // runs, tasks * (run + 1) // runs):
             index = task // (q_blocks * k_blocks)
             i0, j_first = task // k_blocks % q_blocks * q_block, task % k_blocks * k_block
@@ -112,31 +139,40 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
             source = _address(q, itemsize, index, batch, i0, 0)
             _load_panels(source, dtype, itemsize, q, rows, channels, scratch, q_panels)
             keys, target = _address(k, itemsize, index, batch, 0, 0), _address(out, itemsize, index, batch, i0, 0)
-            for j0 in range(j_first, min(length_k, j_first + k_block), tile_keys):
-                columns = min(tile_keys, length_k - j0)
+            j_end = min(length_k, j_first + k_block)
+            for j0 in range(j_first, j_end, tile_keys):
+                columns = min(tile_keys, j_end - j0)
                 source = keys + j0 * k.row * itemsize
                 _load_panels(source, dtype, itemsize, k, columns, channels, scratch, k_panels)
                 for p in range(_blocks(rows, width)):
                     place, count = target + (p * width * out.row + j0) * itemsize, min(width, rows - p * width)
-                    done = 0  # columns that went straight to the result
-                    if direct and count == width:
-                        done = columns // width * width
-                        for c in range(done // width):
-                            to = place + c * width * itemsize
-                            store_scores(q_panels, p, k_panels, c, channels, to, out.row, inverse, factor, scalars[1])
-                    if done < columns:
-                        first, k_count = done // width, _blocks(columns - done, width)
+                    done = columns // width if direct and count == width else 0  # panels of keys, straight to out
+                    for c in range(done):
+                        first = min(channels, CHANNELS_PER_SUM)
+                        sum_and_score(
+                            q_panels, p, k_panels, c, first, distances, to, stride, inverse, factor, scalars[1]
+                        )
+                        to, stride = place + c * width * itemsize, out.row
+                        for first in range(CHANNELS_PER_SUM, channels, CHANNELS_PER_SUM):
+                            more = min(CHANNELS_PER_SUM, channels - first)
+                            sum_abs_diff(q_panels, p, k_panels, c, first, more, distances, 0)
+                    for j in range(done * width, columns, STRIP):
+                        some = min(STRIP, columns - j)
+                        first, k_count = j // width, _blocks(some, width)
                         _scores(q_panels, p, k_panels, first, k_count, channels, tile, score, scalars[0], scalars[1])
-                        store_rows(tile, half, count, columns - done, place + done * itemsize, dtype, out.row, 1)
+                        store_rows(tile, half, count, some, place + j * itemsize, dtype, out.row, 1)
+        sum_and_score(q_panels, 0, k_panels, 0, 0, distances, to, stride, inverse, factor, scalars[1])
 
 
 @kernel()
-def _score_tile(row_panels, column_panels, channels, strip, scores, score, scale, eps):
-    """Scores of a block of x against a block of y, computed anew."""
+def _score_tile(row_panels, column_panels, count, channels, strip, scores, score, scale, eps):
+    """Scores of a block of x against ``count`` panels of y, or of y against x, computed anew."""
     width = strip.shape[0]
     for p in range(scores.shape[0] // width):
-        _scores(row_panels, p, column_panels, 0, scores.shape[1] // width, channels, strip, score, scale, eps)
-        scores[p * width : (p + 1) * width] = strip
+        _scores(row_panels, p, column_panels, 0, count, channels, strip, score, scale, eps)
+        for r in range(width):
+            for c in range(count * width):
+                scores[p * width + r, c] = strip[r, c]
 
 
 @kernel()
@@ -182,6 +218,36 @@ def _load_tile(matrix, dtype, itemsize, index, batch, i0, j0, x_count, y_count, 
         load_rows(source, dtype, matrix.column, matrix.row, y_count, x_count, tile)
 
 
+@kernel()
+def _weights(grad, scores, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, anew, score, scale, s, h):
+    """h of a block of x and a block of y, with rows of x or y; returns whether it is finite.
+
+    ``s`` holds the scores if they were computed anew; otherwise it is scratch memory for them.
+    """
+    rows, columns = (x_count, y_count) if x_is_row else (y_count, x_count)
+    stride, step = (grad.row, grad.column) if x_is_row else (grad.column, grad.row)
+    saved_stride, saved_step = (scores.row, scores.column) if x_is_row else (scores.column, scores.row)
+    power = 2 if score == INVERSE else 1 if score == LAPLACIAN else 0
+    own, whole = (
+        dtype == (FLOAT32 if h.itemsize == 4 else FLOAT64),
+        columns % (_LANES4 if h.itemsize == 4 else _LANES8) == 0,
+    )
+    if own and whole and step == 1 and (anew or power == 0 or saved_step == 1):
+        source = _address(grad, itemsize, index, batch, i0, j0)
+        saved = source
+        if anew:
+            saved, saved_stride = address_of(s), s.shape[1]
+        elif power > 0:
+            saved = _address(scores, itemsize, index, batch, i0, j0)
+        h[rows:] = 0
+        factor = scale if score == DISTANCE else -scale
+        return chain_rule(source, stride, saved, saved_stride, rows, columns, power, factor, h)
+    _load_tile(grad, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, h)
+    if power > 0 and not anew:
+        _load_tile(scores, dtype, itemsize, index, batch, i0, j0, x_count, y_count, x_is_row, s)
+    return apply_derivative(h, s, score, scale)
+
+
 def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, score, scalars):
     """``dx[i] = sum_j h[i, j] * sign(x[i] - y[j])``, summed also over the batch entries that share a row of x.
 
@@ -194,8 +260,7 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
     x_blocks, y_blocks = _blocks(length_x, x_block), _blocks(length_y, Y_BLOCK)
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = _blocks(channels, width) * width
-    curved = score in (INVERSE, LAPLACIAN)
-    anew = curved and scores.data == 0
+    anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
     tile_shape = (x_block, Y_BLOCK) if x_is_row else (Y_BLOCK, x_block)
     for run in prange(runs):
         x_rows, dx_rows = np.empty((x_block, padded), scalars.dtype), np.empty((x_block, padded), scalars.dtype)
@@ -220,15 +285,25 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
                 columns = min(Y_BLOCK, length_y - j0)
                 source = _address(y, itemsize, index, batch, j0, 0)
                 load_rows(source, dtype, y.row, y.column, columns, channels, y_rows)
-                _load_tile(grad, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, h)
                 if anew:
                     for p in range(Y_BLOCK // width):
                         pack(y_rows, p * width, padded, y_panels, p)
                     row_panels, column_panels = (x_panels, y_panels) if x_is_row else (y_panels, x_panels)
-                    _score_tile(row_panels, column_panels, channels, strip, s, score, scalars[0], scalars[1])
-                elif curved:
-                    _load_tile(scores, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, s)
-                if apply_derivative(h, s, score, scalars[0]):
+                    _score_tile(
+                        row_panels,
+                        column_panels,
+                        tile_shape[1] // width,
+                        channels,
+                        strip,
+                        s,
+                        score,
+                        scalars[0],
+                        scalars[1],
+                    )
+                if _weights(
+                    *(grad, scores, dtype, itemsize, index, batch, i0, j0, rows, columns, x_is_row, anew, score),
+                    *(scalars[0], s, h),
+                ):
                     _scatter_finite(x_rows, y_rows, h, x_is_row, h_panels, rows, columns, dx_rows)
                 else:
                     _scatter_any(x_rows, y_rows, h, x_is_row, rows, columns, dx_rows)
@@ -236,7 +311,108 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
             store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column)
 
 
+@kernel()
+def scratch(rows, columns, like):
+    """An array of the dtype of ``like`` that begins with a cache line."""
+    numbers = np.empty(rows * columns + CACHE_LINE // like.itemsize, like.dtype)
+    first = -(address_of(numbers) // like.itemsize) % (CACHE_LINE // like.itemsize)
+    return numbers[first : first + rows * columns].reshape((rows, columns))
+
+
+@kernel()
+def add(source, target):
+    """``target += source``; NumPy's own operators become loops that do not vectorise."""
+    numbers, sums = source.ravel(), target.ravel()
+    for i in range(sums.size):
+        sums[i] += numbers[i]
+
+
+@kernel()
+def clear(target):
+    """``target[...] = 0``, likewise."""
+    numbers = target.ravel()
+    for i in range(numbers.size):
+        numbers[i] = 0
+
+
+@kernel()
+def _scatter_both(x, y, h, column, finite, x_count, y_count, dx, dy):
+    """`_scatter_finite` or `_scatter_any` for x, and for y; rows of h are y, its columns from ``column`` on are x.
+
+    ``dy`` is set, not added to.
+    """
+    clear(dy)
+    if finite:
+        rows, step = (_ROWS4, _LANES4) if x.itemsize == 4 else (_ROWS8, _LANES8)
+        panels = h.reshape((1, h.shape[0], h.shape[1]))
+        for channel in range(0, x.shape[1], step):
+            for i in range(0, x_count, rows):
+                sign_scatter_both(x, i, y, panels, column + i, y_count, channel, dx, dy)
+    else:
+        own = h[:, column : column + x_count].copy()
+        _scatter_any(x, y, own, False, x_count, y_count, dx)
+        _scatter_any(y, x, own, True, y_count, x_count, dy)
+
+
+def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, runs, score, scalars):
+    """Both gradients, bit for bit as `_backward` makes them, with h and the signs computed once for both.
+
+    A task is a batch entry, which no other shares rows with. Along the rows of grad and scores runs x. ``sizes`` is
+    (batches, rows of x, rows of y, E).
+    """
+    batches, length_x, length_y, channels = sizes
+    width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
+    padded = _blocks(channels, width) * width
+    anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
+    whole_x, y_block = _blocks(length_x, width) * width, min(Y_BLOCK, _blocks(length_y, width) * width)
+    for run in prange(runs):
+        x_rows, dx_rows = scratch(whole_x, padded, scalars), scratch(whole_x, padded, scalars)
+        y_rows = scratch(y_block, padded, scalars)
+        dy_rows, dy_part = scratch(y_block, padded, scalars), scratch(y_block, padded, scalars)
+        x_panels = np.empty((X_BLOCK // width, padded, width), scalars.dtype)
+        y_panels = np.empty((y_block // width, padded, width), scalars.dtype)
+        # One line more in a row of h: its columns are read one by one, and would all meet in a few sets of the cache.
+        h_stride = X_BLOCK + CACHE_LINE // scalars.itemsize
+        h, s = scratch(y_block, h_stride, scalars), scratch(y_block, h_stride, scalars)
+        clear(s)  # what is not finite costs time, also where it is not used
+        strip, half = np.empty((width, X_BLOCK), scalars.dtype), np.empty((max(whole_x, y_block), padded), np.uint16)
+        for index in range(batches * run // runs, batches * (run + 1) // runs):
+            source = _address(x, itemsize, index, batch, 0, 0)
+            load_rows(source, dtype, x.row, x.column, length_x, channels, x_rows)
+            clear(dx_rows)
+            for i0 in range(0, length_y, Y_BLOCK):
+                rows = min(Y_BLOCK, length_y - i0)
+                source = _address(y, itemsize, index, batch, i0, 0)
+                load_rows(source, dtype, y.row, y.column, rows, channels, y_rows)
+                if anew:
+                    for p in range(y_block // width):
+                        pack(y_rows, p * width, padded, y_panels, p)
+                clear(dy_rows)
+                for j0 in range(0, length_x, X_BLOCK):
+                    columns = min(X_BLOCK, length_x - j0)
+                    if anew:
+                        panels = _blocks(columns, width)
+                        for p in range(panels):
+                            pack(x_rows, j0 + p * width, padded, x_panels, p)
+                        _score_tile(y_panels, x_panels, panels, channels, strip, s, score, scalars[0], scalars[1])
+                    finite = _weights(
+                        *(grad, scores, dtype, itemsize, index, batch, i0, j0, rows, columns, True, anew, score),
+                        *(scalars[0], s, h),
+                    )
+                    for j in range(j0, j0 + columns, Y_BLOCK):
+                        count = min(Y_BLOCK, length_x - j)
+                        x_part, dx_part = x_rows[j : j + Y_BLOCK], dx_rows[j : j + Y_BLOCK]
+                        _scatter_both(x_part, y_rows, h, j - j0, finite, count, rows, dx_part, dy_part)
+                        add(dy_part, dy_rows)
+                target = _address(dy, itemsize, index, batch, i0, 0)
+                store_rows(dy_rows, half, rows, channels, target, dtype, dy.row, dy.column)
+            target = _address(dx, itemsize, index, batch, 0, 0)
+            store_rows(dx_rows, half, length_x, channels, target, dtype, dx.row, dx.column)
+
+
 forward = kernel(parallel=True)(_forward)
 forward_serial = kernel()(_forward)
 backward = kernel(parallel=True)(_backward)
 backward_serial = kernel()(_backward)
+backward_both = kernel(parallel=True)(_backward_both)
+backward_both_serial = kernel()(_backward_both)

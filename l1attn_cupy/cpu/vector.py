@@ -24,6 +24,11 @@ _INT = ir.IntType(64)
 _LANE = ir.IntType(32)
 
 
+#: For VFIXUPIMM, of each kind of number (quiet and signalling NaN, 0, 1, -inf, inf, negative, positive, lowest digit
+#: first) what it becomes: 8 is 0, 9 is -1, 0xA is 1.
+_SIGN_TABLE = 0xA9A9A888
+
+
 @functools.lru_cache(maxsize=1)
 def register_bytes() -> int:
     """Bytes of one vector register of this machine: 64 with AVX-512, 32 with AVX, otherwise 16 (SSE, NEON)."""
@@ -109,46 +114,92 @@ class _Emitter:
         signature = ir.FunctionType(self.vector, [self.vector])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [value])
 
-    def accumulate(self, count, n, step, unroll=1):
-        """``for i in range(count): sums = step(i, sums)`` over ``n`` vectors of sums that stay in registers.
+    def multiply_add(self, a, b, c):
+        """``a * b + c``, rounded once where the machine can."""
+        name = f"llvm.fmuladd.v{self.width}f{self.itemsize * 8}"
+        signature = ir.FunctionType(self.vector, [self.vector] * 3)
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [a, b, c])
 
-        ``count`` is rounded up to a multiple of ``unroll``.
+    def sign(self, value):
+        """1, -1, or 0, also for NaN. With AVX-512 that is one instruction, at the rate of an addition."""
+        if register_bytes() == 64 and self.width * self.itemsize == 64:
+            return self._fix_up(value, _SIGN_TABLE)
+        one, zero = (ir.Constant(self.vector, [x] * self.width) for x in (1.0, 0.0))
+        name = f"llvm.copysign.v{self.width}f{self.itemsize * 8}"
+        signature = ir.FunctionType(self.vector, [self.vector] * 2)
+        copysign = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        signed = self.builder.call(copysign, [one, value])
+        return self.builder.select(self.builder.fcmp_ordered("!=", value, zero), signed, zero)
+
+    def _fix_up(self, value, table):
+        """AVX-512's VFIXUPIMM: what each kind of number is to become, by a table of codes."""
+        letter, mask, integer = ("s", 16, 32) if self.itemsize == 4 else ("d", 8, 64)
+        name = f"llvm.x86.avx512.mask.fixupimm.p{letter}.512"
+        tables = ir.VectorType(ir.IntType(integer), self.width)
+        number = ir.IntType(32)
+        kinds = [self.vector, self.vector, tables, number, ir.IntType(mask), number]
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.vector, kinds), name)
+        every_lane, rounding = ir.IntType(mask)(-1), number(4)
+        codes = ir.Constant(tables, [table] * self.width)
+        return self.builder.call(function, [value, value, codes, number(0), every_lane, rounding])
+
+    def zeros(self, n):
+        return [ir.Constant(self.vector, None)] * n
+
+    def accumulate(self, count, n, step, unroll=1):
+        """``for i in range(count): sums = step(i, sums)``, from ``n`` vectors of zeros, ``unroll`` steps a turn."""
+        whole = self.builder.and_(count, _INT(-unroll))
+        sums = self.loop(_INT(0), whole, self.zeros(n), self.unrolled(step, unroll), unroll)
+        return self.loop(whole, count, sums, step) if unroll > 1 else sums
+
+    def unrolled(self, step, times):
+        """A step that does ``times`` steps."""
+
+        def steps(first, sums):
+            for i in range(times):
+                sums = step(self.builder.add(first, _INT(i)), sums)
+            return sums
+
+        return steps
+
+    def loop(self, first, end, sums, step, stride=1):
+        """``for i in range(first, end, stride): sums = step(i, sums)``; the vectors of sums stay in registers.
+
+        ``end - first`` is a multiple of ``stride``.
         """
         builder, entry = self.builder, self.builder.block
         body, done = builder.append_basic_block("l1.body"), builder.append_basic_block("l1.done")
-        builder.cbranch(builder.icmp_signed(">", count, _INT(0)), body, done)
+        builder.cbranch(builder.icmp_signed("<", first, end), body, done)
 
         builder.position_at_end(body)
         index = builder.phi(_INT)
-        sums = [builder.phi(self.vector) for _ in range(n)]
-        updated = sums
-        for i in range(unroll):
-            updated = step(builder.add(index, _INT(i)), updated)
-        following = builder.add(index, _INT(unroll))
-        index.add_incoming(_INT(0), entry)
-        index.add_incoming(following, body)
-        builder.cbranch(builder.icmp_signed("<", following, count), body, done)
+        inside = [builder.phi(self.vector) for _ in sums]
+        updated = step(index, inside)
+        following, last = builder.add(index, _INT(stride)), builder.block
+        index.add_incoming(first, entry)
+        index.add_incoming(following, last)
+        builder.cbranch(builder.icmp_signed("<", following, end), body, done)
 
         builder.position_at_end(done)
-        totals = [builder.phi(self.vector) for _ in range(n)]
-        zero = ir.Constant(self.vector, None)
-        for before, after, total in zip(sums, updated, totals, strict=True):
-            before.add_incoming(zero, entry)
-            before.add_incoming(after, body)
-            total.add_incoming(zero, entry)
-            total.add_incoming(after, body)
+        totals = [builder.phi(self.vector) for _ in sums]
+        for before, start, after, total in zip(inside, sums, updated, totals, strict=True):
+            before.add_incoming(start, entry)
+            before.add_incoming(after, last)
+            total.add_incoming(start, entry)
+            total.add_incoming(after, last)
         return totals
 
 
-def _sum_panels(e, q_panels, k_panels, args):
-    """Vectors ``sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, :]|``, one for each row r of the panel.
+#: Channels in one turn of the loop that sums them.
+_UNROLL = 4
 
-    Channels go four by four, also the last of them: panels are padded with zeros.
-    """
-    q, q_at, k, k_at, start, count = args
+
+def _term(e, q_panels, k_panels, args):
+    """The step of a loop over channels: ``sums[r] += |q_panels[q_index, first + i, r] - k_panels[k_index, ...]|``."""
+    q, q_at, k, k_at, first = args
 
     def step(i, sums):
-        channel = e.builder.add(start, i)
+        channel = e.builder.add(first, i)
         keys = e.load(e.at(k_panels, k, k_at, channel, 0))
         queries = [e.splat(e.at(q_panels, q, q_at, channel, row)) for row in range(e.width)]
         return [
@@ -156,7 +207,13 @@ def _sum_panels(e, q_panels, k_panels, args):
             for total, query in zip(sums, queries, strict=True)
         ]
 
-    return e.accumulate(count, e.width, step, unroll=4)
+    return step
+
+
+def _sum_panels(e, q_panels, k_panels, args):
+    """Vectors ``sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, :]|``, one for each row r of the panel."""
+    *operands, count = args
+    return e.accumulate(count, e.width, _term(e, q_panels, k_panels, operands), _UNROLL)
 
 
 @intrinsic
@@ -230,18 +287,24 @@ def sign_gather(typingctx, q, tangent_q, q_index, k, tangent_k, k_index, first, 
     return types.void(q, tangent_q, integer, k, tangent_k, integer, integer, integer, tile, integer), codegen
 
 
-def _store_inverse(e, distance, scale, eps, place):
-    """``place[:width] = 1 / (eps + scale * distance)``, for a vector of distances and a pointer to numbers.
+def _inverse(e, distance, scale, eps):
+    """``1 / (eps + scale * distance)``, for a vector of distances and two numbers.
 
     Divisions are in pieces of at most 32 bytes: two take less than half the time of one of an AVX-512 register.
     """
     piece = e.narrower(32)
     one = ir.Constant(piece.vector, [1.0] * piece.width)
+    scales, summands = piece.broadcast(scale), piece.broadcast(eps)
+    inverses = []
     for start in range(0, e.width, piece.width):
         lanes_of_piece = ir.Constant(ir.VectorType(_LANE, piece.width), list(range(start, start + piece.width)))
-        x = e.builder.fmul(piece.broadcast(scale), e.builder.shuffle_vector(distance, distance, lanes_of_piece))
-        inverse = e.builder.fdiv(one, e.builder.fadd(piece.broadcast(eps), x))
-        piece.store(inverse, e.builder.gep(place, [_INT(start)]))
+        x = e.builder.fmul(scales, e.builder.shuffle_vector(distance, distance, lanes_of_piece))
+        inverses.append(e.builder.fdiv(one, e.builder.fadd(summands, x)))
+    while len(inverses) > 1:
+        both = ir.Constant(ir.VectorType(_LANE, 2 * inverses[0].type.count), list(range(2 * inverses[0].type.count)))
+        pairs = zip(inverses[::2], inverses[1::2], strict=True)
+        inverses = [e.builder.shuffle_vector(low, high, both) for low, high in pairs]
+    return inverses[0]
 
 
 @intrinsic
@@ -253,40 +316,63 @@ def invert(typingctx, tile, column, scale, eps):
         out, left, scale, eps = args
         for row in range(e.width):
             place = e.at(tile, out, row, left)
-            _store_inverse(e, e.load(place), scale, eps, place)
+            e.store(_inverse(e, e.load(place), scale, eps), place)
         return context.get_dummy_value()
 
     return types.void(tile, types.intp, tile.dtype, tile.dtype), codegen
 
 
+def _scores_to(e, tile, tile_at, target, f):
+    """The step of a loop over rows that stores F of a row of the tile; see `sum_and_score`."""
+    address, stride = target
+    inverse, scale, eps = f
+    builder = e.builder
+    first = builder.inttoptr(address, e.scalar.as_pointer())
+
+    def store(row, sums):
+        distance, place = e.load(e.at(tile, tile_at, row, 0)), builder.gep(first, [builder.mul(row, stride)])
+        with builder.if_else(inverse) as (is_inverse, is_linear):
+            with is_inverse:
+                e.store(_inverse(e, distance, scale, eps), place)
+            with is_linear:
+                e.store(builder.fmul(e.broadcast(scale), distance), place)
+        return sums
+
+    return store
+
+
 @intrinsic
-def store_scores(typingctx, q_panels, q_index, k_panels, k_index, count, target, stride, inverse, scale, eps):
-    """Scores of a panel of queries and one of keys, of ``count`` channels, straight to where they belong::
+def sum_and_score(typingctx, q_panels, q_index, k_panels, k_index, count, tile, target, stride, inverse, scale, eps):
+    """Scores of the distances in the tile, straight to where they belong; then new distances, of two panels, in it::
 
-        x = sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|              r and c < panel width
-        target[r * stride + c] = 1 / (eps + scale * x) if inverse else scale * x
+        target[r * stride + c] = 1 / (eps + scale * tile[r, c]) if inverse else scale * tile[r, c]
+        tile[r, c] = sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|         r and c < panel width, e < count
 
-    ``target`` is an address, ``stride`` counts numbers. Sums, F and stores overlap with the sums of the next panel.
+    ``target`` is an address, ``stride`` counts numbers. A few rows are scored in each turn of the loop over channels,
+    so that divisions and stores, which would hold up the sums if they came all at once, are done on the side.
     """
 
     def codegen(context, builder, signature, args):
         e = _Emitter(context, builder, q_panels, panel_width(_itemsize(q_panels)))
-        *operands, count, address, stride, inverse, scale, eps = args
-        totals = _sum_panels(e, q_panels, k_panels, (*operands, _INT(0), count))
-        first = builder.inttoptr(address, e.scalar.as_pointer())
-        places = [builder.gep(first, [builder.mul(_INT(row), stride)]) for row in range(e.width)]
-        with builder.if_else(inverse) as (is_inverse, is_linear):
-            with is_inverse:
-                for place, total in zip(places, totals, strict=True):
-                    _store_inverse(e, total, scale, eps, place)
-            with is_linear:
-                for place, total in zip(places, totals, strict=True):
-                    e.store(builder.fmul(e.broadcast(scale), total), place)
+        *operands, count, sums_at, address, stride, inverse, scale, eps = args
+        store = _scores_to(e, tile, sums_at, (address, stride), (inverse, scale, eps))
+        step = _term(e, q_panels, k_panels, (*operands, _INT(0)))
+
+        sum_step, store_step = e.unrolled(step, _UNROLL), e.unrolled(store, _UNROLL)
+        whole = builder.and_(count, _INT(-_UNROLL))
+        head = builder.select(builder.icmp_signed("<", whole, _INT(e.width)), whole, _INT(e.width))
+        both = lambda i, sums: sum_step(i, store_step(i, sums))  # noqa: E731
+        sums = e.loop(_INT(0), head, e.zeros(e.width), both, _UNROLL)
+        sums = e.loop(head, whole, sums, sum_step, _UNROLL)
+        sums = e.loop(whole, count, sums, step)
+        e.loop(head, _INT(e.width), [], store)
+        for row, total in enumerate(sums):
+            e.store(total, e.at(tile, sums_at, row, 0))
         return context.get_dummy_value()
 
     integer, number = types.intp, q_panels.dtype
     numbers = (types.boolean, number, number)
-    return types.void(q_panels, integer, k_panels, integer, integer, integer, integer, *numbers), codegen
+    return types.void(q_panels, integer, k_panels, integer, integer, tile, integer, integer, *numbers), codegen
 
 
 @intrinsic
@@ -312,6 +398,44 @@ def pack(typingctx, rows, row, channels, panels, index):
 
 
 @intrinsic
+def chain_rule(typingctx, grad, grad_stride, scores, scores_stride, rows, columns, power, factor, h):
+    """``h[r, c] = factor * grad[r, c] * scores[r, c]**power``, power being 0, 1 or 2; returns whether it is finite.
+
+    ``grad`` and ``scores`` are addresses, the strides between rows count numbers; ``columns`` is a multiple of `lanes`.
+    scores is read in any case.
+    """
+
+    def codegen(context, builder, signature, args):
+        e = _Emitter(context, builder, h, lanes(_itemsize(h)))
+        *sources, n, columns, exponent, scale, target = args
+        pointers = [builder.inttoptr(address, e.scalar.as_pointer()) for address in sources[::2]]
+        zero, one = (ir.Constant(e.vector, [x] * e.width) for x in (0.0, 1.0))
+
+        def one_row(r, checks):
+            starts = [builder.mul(r, stride) for stride in sources[1::2]]
+
+            def some(c, checks):
+                g, s = (
+                    e.load(builder.gep(pointer, [builder.add(start, c)]))
+                    for pointer, start in zip(pointers, starts, strict=True)
+                )
+                square = builder.select(builder.icmp_signed("==", exponent, _INT(2)), builder.fmul(s, s), s)
+                powered = builder.select(builder.icmp_signed("==", exponent, _INT(0)), one, square)
+                result = builder.fmul(builder.fmul(g, e.broadcast(scale)), powered)
+                e.store(result, e.at(h, target, r, c))
+                return [e.multiply_add(result, zero, checks[0])]  # 0, or NaN
+
+            return e.loop(_INT(0), columns, checks, some, e.width)
+
+        (check,) = e.loop(_INT(0), n, [zero], one_row)
+        found = builder.fcmp_unordered("uno", check, check)
+        return builder.icmp_signed("==", builder.bitcast(found, ir.IntType(e.width)), ir.IntType(e.width)(0))
+
+    integer = types.intp
+    return types.boolean(*[integer] * 7, h.dtype, h), codegen
+
+
+@intrinsic
 def sign_scatter(typingctx, x, row, y, h, panel, column, count, channel, dx):
     """``dx[row + r, e] += sum_j h[panel, j, column + r] * sign(x[row + r, e] - y[j, e])``, j = 0..count-1 in order.
 
@@ -331,10 +455,7 @@ def sign_scatter(typingctx, x, row, y, h, panel, column, count, channel, dx):
             updated = []
             for r, (x_row, total) in enumerate(zip(x_rows, sums, strict=True)):
                 weight = e.splat(e.at(h, h_at, part, j, builder.add(offset, _INT(r))))
-                above = builder.fcmp_ordered(">", x_row, y_row)
-                below = builder.fcmp_ordered("<", x_row, y_row)
-                total = builder.select(above, builder.fadd(total, weight), total)
-                updated.append(builder.select(below, builder.fsub(total, weight), total))
+                updated.append(e.multiply_add(e.sign(builder.fsub(x_row, y_row)), weight, total))
             return updated
 
         for r, total in zip(row_numbers, e.accumulate(n, rows, step), strict=True):
@@ -344,6 +465,41 @@ def sign_scatter(typingctx, x, row, y, h, panel, column, count, channel, dx):
 
     integer = types.intp
     return types.void(x, integer, y, h, integer, integer, integer, integer, dx), codegen
+
+
+@intrinsic
+def sign_scatter_both(typingctx, x, row, y, h, column, count, channel, dx, dy):
+    """As `sign_scatter` of ``h[0]``, and the same from the side of y, one sign for both; j < count, r in order::
+
+    dx[row + r, e] += sum_j h[0, j, column + r] * sign(x[row + r, e] - y[j, e])
+    dy[j, e]       += sum_r h[0, j, column + r] * sign(y[j, e] - x[row + r, e])
+    """
+
+    def codegen(context, builder, signature, args):
+        rows = scatter_rows(_itemsize(x))
+        e = _Emitter(context, builder, x, lanes(_itemsize(x)))
+        x_at, first, y_at, h_at, offset, n, chan, out, out_y = args
+        row_numbers = [builder.add(first, _INT(r)) for r in range(rows)]
+        x_rows = [e.load(e.at(x, x_at, r, chan)) for r in row_numbers]
+
+        def step(j, sums):
+            y_row, place = e.load(e.at(y, y_at, j, chan)), e.at(dy, out_y, j, chan)
+            y_sum, updated = e.load(place), []
+            for r, (x_row, total) in enumerate(zip(x_rows, sums, strict=True)):
+                weight = e.splat(e.at(h, h_at, 0, j, builder.add(offset, _INT(r))))
+                sign = e.sign(builder.fsub(x_row, y_row))
+                updated.append(e.multiply_add(sign, weight, total))
+                y_sum = e.multiply_add(builder.fneg(sign), weight, y_sum)
+            e.store(y_sum, place)
+            return updated
+
+        for r, total in zip(row_numbers, e.accumulate(n, rows, step), strict=True):
+            place = e.at(dx, out, r, chan)
+            e.store(builder.fadd(e.load(place), total), place)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(x, integer, y, h, integer, integer, integer, dx, dy), codegen
 
 
 @intrinsic
@@ -374,6 +530,16 @@ def store_vector(typingctx, rows, row, column, target, index):
 
     integer = types.intp
     return types.void(rows, integer, integer, integer, integer), codegen
+
+
+@intrinsic
+def address_of(typingctx, array):
+    """The address of its first number."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ptrtoint(_Emitter(context, builder, array, 1).at(array, args[0], *[0] * array.ndim), _INT)
+
+    return types.intp(array), codegen
 
 
 @intrinsic

@@ -17,8 +17,8 @@ from ..functions import DISTANCE, INVERSE, LAPLACIAN
 from .vector import (
     _INT,
     _Emitter,
+    _inverse,
     _itemsize,
-    _store_inverse,
     _sum_panels,
     lanes,
     panel_width,
@@ -57,12 +57,6 @@ class _AttentionEmitter(_Emitter):
 
     def constant(self, number: float):
         return ir.Constant(self.vector, [number] * self.width)
-
-    def multiply_add(self, a, b, c):
-        """``a * b + c``, rounded once where the machine can."""
-        name = f"llvm.fmuladd.v{self.width}f{self.itemsize * 8}"
-        signature = ir.FunctionType(self.vector, [self.vector] * 3)
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [a, b, c])
 
     def larger(self, a, b):
         """The maximum; of a number and NaN, either."""
@@ -123,7 +117,7 @@ def score_panel(typingctx, y_panels, y_index, x_panels, x_index, channels, tile,
         with builder.if_else(builder.icmp_signed("==", f, _INT(INVERSE))) as (inverse, others):
             with inverse:
                 for distance, place in zip(distances, places, strict=True):
-                    _store_inverse(e, distance, factor, epsilon, place)
+                    e.store(_inverse(e, distance, factor, epsilon), place)
             with others:
                 negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
                 signed = e.broadcast(builder.select(negative, builder.fneg(factor), factor))
@@ -146,8 +140,7 @@ def score_panel(typingctx, y_panels, y_index, x_panels, x_index, channels, tile,
 def sum_products(typingctx, a_panels, a_index, b_panels, b_index, first, count, tile, row):
     """``tile[row + r, c] += sum_e a_panels[a_index, e, r] * b_panels[b_index, e, c]``, r and c < panel width.
 
-    e runs from ``first``, upwards, over ``count`` channels, rounded up to a multiple of 4. With ``first == 0`` the tile
-    is set, not added to.
+    e runs from ``first``, upwards, over ``count`` channels. With ``first == 0`` the tile is set, not added to.
     """
 
     def codegen(context, builder, signature, args):
@@ -207,49 +200,11 @@ def _weighted_rows(vectors: int) -> Any:
 #:
 #:     out[row + r, c] = factors[lane + r] * out[row + r, c] + sum_j weights[j, lane + r] * rows[j, c],   j < count
 #:
-#: r runs over `scatter_rows`, c over 2 `lanes` channels from ``channel`` on; ``count`` is rounded up to be even.
+#: r runs over `scatter_rows`, c over 2 `lanes` channels from ``channel`` on.
 add_weighted_rows = _weighted_rows(2)
 
 #: The same for `lanes` channels.
 add_weighted_rows_1 = _weighted_rows(1)
-
-
-@intrinsic
-def sign_scatter_both(typingctx, x, row, y, h, column, count, channel, dx, dy):
-    """As `vector.sign_scatter` of ``h[0]``, and the same from the side of y, one compare for both; j < count::
-
-    dx[row + r, e] += sum_j h[0, j, column + r] * sign(x[row + r, e] - y[j, e])
-    dy[j, e]       += sum_r h[0, j, column + r] * sign(y[j, e] - x[row + r, e])
-    """
-
-    def codegen(context, builder, signature, args):
-        rows = scatter_rows(_itemsize(x))
-        e = _AttentionEmitter(context, builder, x, lanes(_itemsize(x)))
-        x_at, first, y_at, h_at, offset, n, chan, out, out_y = args
-        row_numbers = [builder.add(first, _INT(r)) for r in range(rows)]
-        x_rows = [e.load(e.at(x, x_at, r, chan)) for r in row_numbers]
-
-        def step(j, sums):
-            y_row, place = e.load(e.at(y, y_at, j, chan)), e.at(dy, out_y, j, chan)
-            plus, minus, updated = e.load(place), e.constant(0.0), []
-            for r, (x_row, total) in enumerate(zip(x_rows, sums, strict=True)):
-                weight = e.splat(e.at(h, h_at, 0, j, builder.add(offset, _INT(r))))
-                above = builder.fcmp_ordered(">", x_row, y_row)
-                below = builder.fcmp_ordered("<", x_row, y_row)
-                total = builder.select(above, builder.fadd(total, weight), total)
-                updated.append(builder.select(below, builder.fsub(total, weight), total))
-                minus = builder.select(above, builder.fadd(minus, weight), minus)
-                plus = builder.select(below, builder.fadd(plus, weight), plus)
-            e.store(builder.fsub(plus, minus), place)
-            return updated
-
-        for r, total in zip(row_numbers, e.accumulate(n, rows, step), strict=True):
-            place = e.at(dx, out, r, chan)
-            e.store(builder.fadd(e.load(place), total), place)
-        return context.get_dummy_value()
-
-    integer = types.intp
-    return types.void(x, integer, y, h, integer, integer, integer, dx, dy), codegen
 
 
 @intrinsic

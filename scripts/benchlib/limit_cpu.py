@@ -26,6 +26,8 @@ VECTORS = 32  # vectors per row: rows of at most 2 KiB, so a tile's rows fit in 
 TERMS_PER_SAMPLE = 1e8  # per thread, a few milliseconds
 TRIALS = 7
 TILES = {64: ((4, 4), (4, 3)), 32: ((4, 2),), 16: ((4, 2),)}  # accumulators that fit in 32 or 16 registers
+TILES_BOTH = {64: ((4, 2), (3, 3)), 32: ((2, 2),), 16: ((2, 2),)}  # the same, with two for each pair
+SIGNS = 0xA9A9A888  # codes of VFIXUPIMM, by kind of number: NaN and 0 become 0, others 1 or -1
 
 
 def vector_bytes() -> int:
@@ -57,38 +59,69 @@ class Lane:
         value.align = self.nbytes
         return value
 
+    def call(self, builder: ir.IRBuilder, name: str, arguments: list[ir.Value]) -> ir.Value:
+        """LLVM's function of that name, whose result is a vector."""
+        signature = ir.FunctionType(self.type, [argument.type for argument in arguments])
+        return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
 
-def forward_term(builder: ir.IRBuilder, lane: Lane, acc: ir.Value, operands: list[ir.Value]) -> ir.Value:
+    def sign(self, builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        """1, -1 or 0, by one instruction with AVX-512."""
+        suffix = self.fabs_name.removeprefix("llvm.fabs.")
+        if self.nbytes < 64:
+            signed = self.call(builder, f"llvm.copysign.{suffix}", [ir.Constant(self.type, [1.0] * self.count), value])
+            return builder.select(builder.fcmp_ordered("!=", value, self.zero), signed, self.zero)
+        codes = ir.VectorType(ir.IntType(512 // self.count), self.count)
+        number, every_lane = ir.IntType(32), ir.IntType(self.count)(-1)
+        arguments = [value, value, ir.Constant(codes, [SIGNS] * self.count), number(0), every_lane, number(4)]
+        return self.call(builder, f"llvm.x86.avx512.mask.fixupimm.p{'s' if self.count == 16 else 'd'}.512", arguments)
+
+    def multiply_add(self, builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """a * b + c"""
+        return self.call(builder, self.fabs_name.replace("fabs", "fmuladd"), [a, b, c])
+
+
+def forward_term(builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operands: list[ir.Value]) -> list[ir.Value]:
     """acc + |q - k|"""
     q, k, _ = operands
-    return builder.fadd(acc, lane.fabs(builder, builder.fsub(q, k)))
+    return [builder.fadd(accs[0], lane.fabs(builder, builder.fsub(q, k)))]
 
 
-def backward_term(builder: ir.IRBuilder, lane: Lane, acc: ir.Value, operands: list[ir.Value]) -> ir.Value:
-    """acc + h where q > k, acc - h where q < k: masked additions with AVX-512, else h or 0 by the mask."""
+def both_terms(builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operands: list[ir.Value]) -> list[ir.Value]:
+    """A term of either gradient, with one sign for both: acc + h * sign, acc' - h * sign."""
     q, k, h = operands
+    sign = lane.sign(builder, builder.fsub(q, k))
+    return [
+        lane.multiply_add(builder, sign, h, accs[0]),
+        lane.multiply_add(builder, builder.fneg(sign), h, accs[1]),
+    ]
+
+
+def backward_term(builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operands: list[ir.Value]) -> list[ir.Value]:
+    """acc + h where q > k, acc - h where q < k: masked additions with AVX-512, else h or 0 by the mask."""
+    (q, k, h), (acc,) = operands, accs
     more, less = builder.fcmp_ordered(">", q, k), builder.fcmp_ordered("<", q, k)
     if lane.nbytes == 64:
         acc = builder.select(more, builder.fadd(acc, h), acc)
-        return builder.select(less, builder.fsub(acc, h), acc)
+        return [builder.select(less, builder.fsub(acc, h), acc)]
     acc = builder.fadd(acc, builder.select(more, h, lane.zero))
-    return builder.fsub(acc, builder.select(less, h, lane.zero))
+    return [builder.fsub(acc, builder.select(less, h, lane.zero))]
 
 
-TERM = {"forward": forward_term, "backward": backward_term}
+TERMS = {"forward": (forward_term, 1), "backward": (backward_term, 1), "both": (both_terms, 2)}  # and how many it is
 
 
 class Tile:
     """The loop in LLVM's language: every pair of a few rows of q and of k, vector by vector."""
 
     def __init__(self, op: str, lane: Lane, rows_q: int, rows_k: int) -> None:
-        self.term, self.lane, self.rows_q, self.rows_k = TERM[op], lane, rows_q, rows_k
+        (self.term, self.sums), self.lane, self.rows_q, self.rows_k = TERMS[op], lane, rows_q, rows_k
 
     def emit(self, builder: ir.IRBuilder, pointers: list[ir.Value], count: ir.Value) -> None:
-        """`pointers` to q, k, h and out; one accumulator per pair, `count` vectors per row."""
+        """`pointers` to q, k, h and out; accumulators of their own for each pair, `count` vectors per row."""
         lane, int_type = self.lane, count.type
         q, k, h, out = (builder.bitcast(pointer, lane.type.as_pointer()) for pointer in pointers)
-        accs = [cgutils.alloca_once_value(builder, lane.zero) for _ in range(self.rows_q * self.rows_k)]
+        pairs = self.rows_q * self.rows_k
+        accs = [[cgutils.alloca_once_value(builder, lane.zero) for _ in range(self.sums)] for _ in range(pairs)]
         weights = [lane.load(builder, h, row, ir.Constant(int_type, 0)) for row in range(self.rows_q)]
         with cgutils.for_range(builder, count) as loop:
             q_rows = [lane.load(builder, q, row, loop.index) for row in range(self.rows_q)]
@@ -96,8 +129,10 @@ class Tile:
             for pair, acc in enumerate(accs):
                 i, j = divmod(pair, self.rows_k)
                 operands = [q_rows[i], k_rows[j], weights[i]]
-                builder.store(self.term(builder, lane, builder.load(acc), operands), acc)
-        for pair, acc in enumerate(accs):
+                results = self.term(builder, lane, [builder.load(place) for place in acc], operands)
+                for place, result in zip(acc, results, strict=True):
+                    builder.store(result, place)
+        for pair, acc in enumerate(place for places in accs for place in places):
             place = builder.gep(out, [ir.Constant(int_type, pair)])
             builder.store(builder.load(acc), place).align = lane.nbytes
 
@@ -138,12 +173,14 @@ class Loop:
         rows_q, rows_k = rows
         row = VECTORS * lane.count
         self.run = compile_loop(Tile(op, lane, rows_q, rows_k))
-        self.description = f"{lane.count} x {dtype} vectors, {rows_q} x {rows_k} accumulators"
-        sizes = (rows_q * row, rows_k * row, rows_q * row, rows_q * rows_k * lane.count)
+        both = ", both gradients at once" if op == "both" else ""
+        self.description = f"{lane.count} x {dtype} vectors, {rows_q} x {rows_k} pairs{both}"
+        sums = TERMS[op][1]
+        sizes = (rows_q * row, rows_k * row, rows_q * row, sums * rows_q * rows_k * lane.count)
         self.buffers = [[aligned(size, dtype) for size in sizes] for _ in range(threads)]
         self.pool = ThreadPoolExecutor(threads)
-        self.passes = max(1, int(TERMS_PER_SAMPLE / (rows_q * rows_k * row)))
-        self.terms = self.passes * rows_q * rows_k * row
+        self.passes = max(1, int(TERMS_PER_SAMPLE / (sums * rows_q * rows_k * row)))
+        self.terms = self.passes * sums * rows_q * rows_k * row
         self.run(*self.buffers[0], VECTORS, 1)
 
     def _timed(self, buffers: list[np.ndarray]) -> tuple[float, float, float]:
@@ -180,11 +217,12 @@ class CpuLimit:
     def __init__(self, op: str, dtype: str, threads: int) -> None:
         summed_in = "float64" if dtype == "float64" else "float32"
         widest = vector_bytes()
-        loops = [
-            Loop(op, summed_in, nbytes, rows, threads)
-            for nbytes in dict.fromkeys((widest, max(16, widest // 2)))
-            for rows in TILES[nbytes]
-        ]
+        widths = list(dict.fromkeys((widest, max(16, widest // 2))))
+        loops = [Loop(op, summed_in, nbytes, rows, threads) for nbytes in widths for rows in TILES[nbytes]]
+        if op == "backward":
+            loops += [
+                Loop("both", summed_in, nbytes, rows, threads) for nbytes in widths for rows in TILES_BOTH[nbytes]
+            ]
         trials = [[loop.sample().core for loop in loops] for _ in range(TRIALS)]
         best = [min(times) for times in zip(*trials, strict=True)]
         self.loop, self.threads = loops[best.index(min(best))], threads

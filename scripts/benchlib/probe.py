@@ -181,6 +181,9 @@ def resident_peak() -> int:
 
 def lower_resident_peak() -> bool:
     """Give free memory back and set VmHWM to what is resident now; False where this is barred."""
+    import l1attn_cupy as l1
+
+    l1.free_all_blocks()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,6 +1,6 @@
 // common.cuh: what every kernel shares. Its text is put in front of each kernel file before compilation.
 //
-// Given by -D:  DTYPE (0 float32, 1 float16, 2 bfloat16, 3 float64) and the parameters of the file's @variant line.
+// Given by -D:  DTYPE (0 float32, 1 float16, 2 bfloat16, 3 float64, 4 int8, 5 uint8) and the parameters of the file's @variant line.
 // Strides count elements and are 64-bit; every length, and the number of blocks, is below 2**31. Rows (the last
 // dimension) are contiguous in every array that a kernel receives.
 
@@ -8,6 +8,8 @@
 #define F16 1
 #define BF16 2
 #define F64 3
+#define I8 4
+#define U8 5
 #if DTYPE == F16
 #include <cuda_fp16.h>
 typedef __half scalar_t;
@@ -19,9 +21,18 @@ typedef float acc_t;
 #elif DTYPE == F64
 typedef double scalar_t;
 typedef double acc_t;
+#elif DTYPE == I8 || DTYPE == U8
+typedef unsigned char scalar_t;  // of int8 the bits
+typedef float acc_t;
 #else
 typedef float scalar_t;
 typedef float acc_t;
+#endif
+
+#if DTYPE == I8 || DTYPE == U8
+typedef float out_t;  // what scores are written in
+#else
+typedef scalar_t out_t;
 #endif
 
 typedef long long int64;
@@ -46,6 +57,14 @@ struct Number {  // rounded by the host: a kernel would convert it again and aga
 struct ScoresForward {
     Matrix q, k, out;                // (B, L, E), (B, S, E), (B, L, S)
     int batch_shape[MAX_BATCH_DIMS];  // B = their product; leading dimensions that are not there are 1
+    int length_q, length_k, channels;
+    int score;
+    Number scale, eps;
+};
+
+struct ScoresQuantized {
+    Matrix q, k, quant_scale, out;    // bytes (B, L, E), (B, S, E); float (B, 1, 1), address 0 for 1; float (B, L, S)
+    int batch_shape[MAX_BATCH_DIMS];
     int length_q, length_k, channels;
     int score;
     Number scale, eps;
@@ -164,6 +183,14 @@ __device__ __forceinline__ scalar_t to_scalar(acc_t x) { return __float2bfloat16
 __device__ __forceinline__ acc_t to_acc(scalar_t x) { return x; }
 __device__ __forceinline__ scalar_t to_scalar(acc_t x) { return x; }
 #endif
+
+__device__ __forceinline__ out_t to_out(acc_t x) {
+#if DTYPE == I8 || DTYPE == U8
+    return x;
+#else
+    return to_scalar(x);
+#endif
+}
 
 __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
 __device__ __forceinline__ double absolute(double x) { return fabs(x); }
@@ -427,6 +454,21 @@ __device__ __forceinline__ bool score_gradient(const AttentionSaved &p, int b, i
 // The sum of more and larger |h| might overflow where that of h * sign does not.
 const acc_t LARGE = DTYPE == F64 ? 1e300 : 1e30;
 
+// ---- bytes ----------------------------------------------------------------------------------------------------
+
+// sum plus the absolute differences of four unsigned bytes: one instruction, four from sm_120 on.
+__device__ __forceinline__ unsigned add_byte_distance(unsigned sum, unsigned a, unsigned b) {
+#if defined(L1ATTN_EMULATOR)
+    return sum + __vsadu4(a, b);
+#elif __CUDA_ARCH__ >= 1200
+    return __dp4a(__vabsdiffu4(a, b), 0x01010101u, sum);
+#else
+    unsigned total;  // sum + __vsadu4(a, b) would be two instructions
+    asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(total) : "r"(a), "r"(b), "r"(sum));
+    return total;
+#endif
+}
+
 // ---- 128-bit loads --------------------------------------------------------------------------------------------
 
 const int LOAD = 16 / sizeof(scalar_t);  // numbers in a 128-bit load from global memory
@@ -441,8 +483,8 @@ struct alignas(16) Vec {
 struct alignas(8) HalfVec {
     acc_t at[VEC / 2];
 };
-struct alignas(VEC * sizeof(scalar_t)) Store {  // a Vec in the dtype of the arrays
-    scalar_t at[VEC];
+struct alignas(VEC * sizeof(out_t)) Store {  // a Vec in the dtype of the results
+    out_t at[VEC];
 };
 
 template <typename T>
@@ -801,17 +843,17 @@ __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int
 
 // A thread's N x M scores to a tile of `out` with q_count x k_count outputs that exist; WHOLE: nothing to check.
 template <int N_DOWN, int N_ACROSS, bool WHOLE, int N, int M>
-__device__ __forceinline__ void store_tile(const acc_t (&scores)[N][M], scalar_t *out, int64 stride, int row, int column,
+__device__ __forceinline__ void store_tile(const acc_t (&scores)[N][M], out_t *out, int64 stride, int row, int column,
                                            int q_count, int k_count) {
 #pragma unroll
     for (int r = 0; r < N; ++r) {
         const int i = r / VEC * VEC * N_DOWN + row * VEC + r % VEC;
 #pragma unroll
         for (int c = 0; c < M; c += VEC) {
-            scalar_t *to = out + c * N_ACROSS;
+            out_t *to = out + c * N_ACROSS;
             Store group;
 #pragma unroll
-            for (int n = 0; n < VEC; ++n) group.at[n] = to_scalar(scores[r][c + n]);
+            for (int n = 0; n < VEC; ++n) group.at[n] = to_out(scores[r][c + n]);
             const int count = i < q_count ? k_count - c * N_ACROSS - column * VEC : 0;  // scores that exist
             if (WHOLE || (count >= VEC && aligned<Store>(to))) {
                 *(Store *)to = group;
@@ -826,18 +868,24 @@ __device__ __forceinline__ void store_tile(const acc_t (&scores)[N][M], scalar_t
     }
 }
 
-// F of a thread's N x M distances, to a tile of `out` with q_count x k_count outputs that exist. N_DOWN x N_ACROSS threads
-// share the tile; either way a thread owns groups of VEC neighbours, N_DOWN * VEC or N_ACROSS * VEC apart. `whole` says
-// that all outputs exist and their rows are aligned to 128 bits.
+// A thread's N x M scores to a tile of `out` with q_count x k_count outputs that exist. N_DOWN x N_ACROSS threads share
+// the tile; either way a thread owns groups of VEC neighbours, N_DOWN * VEC or N_ACROSS * VEC apart. `whole` says that all
+// outputs exist and their rows are aligned to 128 bits.
 template <int N_DOWN, int N_ACROSS, int N, int M>
-__device__ __forceinline__ void store_scores(acc_t (&distance)[N][M], scalar_t *out, int64 stride, int row,
-                                             int column, int q_count, int k_count, bool whole,
-                                             const ScoresForward &p) {
-    apply_score((acc_t(&)[N * M])distance, p.score, p.scale, p.eps);
+__device__ __forceinline__ void store_part(const acc_t (&scores)[N][M], out_t *out, int64 stride, int row, int column,
+                                           int q_count, int k_count, bool whole) {
     out += row * VEC * stride + column * VEC;
     if (whole) {
-        store_tile<N_DOWN, N_ACROSS, true>(distance, out, stride, row, column, q_count, k_count);
+        store_tile<N_DOWN, N_ACROSS, true>(scores, out, stride, row, column, q_count, k_count);
     } else {
-        store_tile<N_DOWN, N_ACROSS, false>(distance, out, stride, row, column, q_count, k_count);
+        store_tile<N_DOWN, N_ACROSS, false>(scores, out, stride, row, column, q_count, k_count);
     }
+}
+
+// The same of F of distances.
+template <int N_DOWN, int N_ACROSS, int N, int M>
+__device__ __forceinline__ void store_scores(acc_t (&distance)[N][M], out_t *out, int64 stride, int row, int column,
+                                             int q_count, int k_count, bool whole, const ScoresForward &p) {
+    apply_score((acc_t(&)[N * M])distance, p.score, p.scale, p.eps);
+    store_part<N_DOWN, N_ACROSS>(distance, out, stride, row, column, q_count, k_count, whole);
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .api import l1_scores, l1_scores_backward, show_config, variants
 from .attention import l1_attention, l1_attention_backward, l1_attention_varlen
 from .cpu.pages import free_all_blocks
+from .quantize import quantize_for_l1
 
 if TYPE_CHECKING:
     from .modules import L1MultiheadAttention as L1MultiheadAttention
@@ -26,6 +27,7 @@ __all__ = [
     "l1_attention_varlen",
     "l1_scores",
     "l1_scores_backward",
+    "quantize_for_l1",
     "show_config",
     "variants",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays, plan, run
+from . import arrays, plan, plan_quantized, run
 
 
 def l1_scores(
@@ -14,6 +14,7 @@ def l1_scores(
     score: str = "inverse",
     scale: float = 1.0,
     eps: float = 1e-3,
+    quant_scale: Any | None = None,
     backend: str | None = None,
     variant: str | None = None,
 ) -> Any:
@@ -25,7 +26,7 @@ def l1_scores(
     ----------
     query : array, shape (..., L, E)
         float16, bfloat16, float32 or float64; any strides. A NumPy array, a torch tensor (gradients flow), or an array
-        of another library that speaks DLPack.
+        of another library that speaks DLPack. Or int8 or uint8, as `quantize_for_l1` makes it.
     key : array, shape (..., S, E)
         Of the library, dtype and device of ``query``. The leading dimensions of both broadcast as in `torch.matmul`.
     score : str
@@ -34,6 +35,8 @@ def l1_scores(
         What the distance is multiplied by before F; positive.
     eps : float
         The epsilon of "inverse", in units of the scaled distance; positive.
+    quant_scale : array, broadcastable to (..., 1, 1), optional
+        float32; for int8 and uint8 only: what the distance is multiplied by before ``scale``, a number for each matrix.
     backend : str, optional
         "cpu", "cuda" or "emulator"; by default what the arrays' device calls for.
     variant : str, optional
@@ -43,7 +46,7 @@ def l1_scores(
     Returns
     -------
     array, shape (..., L, S)
-        In the library, dtype and device of ``query``.
+        In the library, dtype and device of ``query``; float32 for int8 and uint8.
 
     Raises
     ------
@@ -60,6 +63,9 @@ def l1_scores(
     and sums of up to 16 of them, to float16.) NaN and infinities propagate as in the formula. Nothing of size L * S * E
     is made.
 
+    Distances of int8 and uint8 are exact integers, rounded once to float32, which holds all up to 2**24: those of up to
+    65,793 channels. They have no gradient.
+
     In the gradient, a channel in which query and key are equal counts zero, as in PyTorch. The derivative of F is
     computed from the result, which is all that is kept for the backward pass. With torch there are
     derivatives of every order, forwards and backwards; in 16 bits those of "inverse" leave the range of float16 where
@@ -73,6 +79,8 @@ def l1_scores(
     array([[0., 2.],
            [2., 0.]])
     """
+    if plan_quantized.is_quantized(query, key, quant_scale):
+        return _quantized(query, key, quant_scale, score, scale, eps, backend, variant)
     if arrays.is_torch(query) or arrays.is_torch(key):
         from . import autograd
 
@@ -80,6 +88,18 @@ def l1_scores(
     q, k = arrays.accept("query", query), arrays.accept("key", key)
     call = plan.scores(arrays.describe(q), arrays.describe(k), score, scale, eps, backend, variant)
     return arrays.give_back(run.scores(call, q, k), query)
+
+
+def _quantized(query: Any, key: Any, quant_scale: Any | None, *options: Any) -> Any:
+    """`l1_scores` of 8-bit arrays."""
+    if arrays.is_torch(query) or arrays.is_torch(key):
+        from . import operators_quantized
+
+        return operators_quantized.l1_scores(query, key, quant_scale, *options)
+    q, k = arrays.accept("query", query), arrays.accept("key", key)
+    scales = None if quant_scale is None else arrays.accept("quant_scale", quant_scale)
+    specs = arrays.describe(q), arrays.describe(k), None if scales is None else arrays.describe(scales)
+    return arrays.give_back(run.scores_quantized(plan_quantized.scores(specs, *options), q, k, scales), query)
 
 
 def l1_scores_backward(
@@ -155,7 +175,7 @@ def variants(op: str | None = None) -> list[Any]:
     Parameters
     ----------
     op : str, optional
-        "scores_forward", "scores_backward", "scores_jvp", "attention_forward", "attention_merge",
+        "scores_forward", "scores_quantized", "scores_backward", "scores_jvp", "attention_forward", "attention_merge",
         "attention_backward" or "attention_mask_gradient"; by default all.
 
     Returns

@@ -205,6 +205,14 @@ def with_contiguous_rows(array: Any, spec: ArraySpec | None = None) -> Any:
     return array.contiguous() if is_torch(array) else _namespace(array).ascontiguousarray(array)
 
 
+def converted(array: Any, dtype: str) -> Any:
+    """``array`` in ``dtype``; itself if it is so already."""
+    if is_torch(array):
+        return array.to(getattr(sys.modules["torch"], dtype))
+    with _device_of(array):
+        return array.astype(dtype, copy=False)
+
+
 def integers(name: str, numbers: Any) -> np.ndarray:
     """A tensor, array or sequence of integers, as int64 on the CPU."""
     if is_torch(numbers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import arrays, plan_attention, run_attention
+from . import arrays, plan_attention, plan_quantized, run_attention
 
 
 def l1_attention(
@@ -20,6 +20,7 @@ def l1_attention(
     score: str = "inverse",
     eps: float = 1e-3,
     window: tuple[int, int] | None = None,
+    quant_scale: Any | None = None,
     return_lse: bool = False,
     backend: str | None = None,
     variant: str | None = None,
@@ -34,12 +35,13 @@ def l1_attention(
     ----------
     query : array, shape (..., Hq, L, E)
         float16, bfloat16, float32 or float64; any strides; a NumPy array, a torch tensor (gradients flow), or an array
-        of another library that speaks DLPack.
+        of another library that speaks DLPack. Or int8 or uint8, as `quantize_for_l1` makes it.
     key : array, shape (..., Hk, S, E)
     value : array, shape (..., Hk, S, Ev)
-        Of the library, dtype and device of ``query``. Leading dimensions broadcast as in `torch.matmul`.
+        Of the library, dtype and device of ``query``. Leading dimensions broadcast as in `torch.matmul`. Beside 8-bit
+        query and key, value is float16, bfloat16 or float32.
     attn_mask : array, broadcastable to (..., Hq, L, S), optional
-        bool, True where a query may attend to a key; or of query's dtype, added to the scores. Any strides.
+        bool, True where a query may attend to a key; or of value's dtype, added to the scores. Any strides.
     dropout_p : float
         Must be 0.0: dropout of the weights is not built.
     is_causal : bool
@@ -50,13 +52,16 @@ def l1_attention(
         Heads of query may be a multiple of those of key and value; Hq / Hk neighbours share one. Nothing is copied.
     window : (int, int), optional
         Query i attends to keys from i - left to i + right; -1 is no limit. Combines with the masks above.
+    quant_scale : array, broadcastable to (..., Hk, 1, 1), optional
+        float32; for int8 and uint8 only: what distances are multiplied by before ``scale``, a number for each matrix of
+        keys.
     return_lse : bool
         Also return the log-sum-exp of each query's masked scores.
 
     Returns
     -------
     out : array, shape (..., Hq, L, Ev)
-        In the library, dtype and device of ``query``.
+        In the library, dtype and device of ``value``.
     lse : array, shape (..., Hq, L)
         If ``return_lse``: natural logarithm, float32 (float64 for float64); differentiable.
 
@@ -74,6 +79,9 @@ def l1_attention(
     lse is -inf and gradients are 0. Where all others are infinitely far away, results are NaN, as those of softmax.
     Kept for the backward pass are query, key, value, mask, out before it was rounded, and two numbers for each query.
     The result is the same bit for bit in every run and with any number of threads.
+
+    Of 8-bit query and key the distances are exact integers, and there are no gradients, not of value either. On "cuda"
+    and "emulator" both are first converted to float32: there they save memory while they are kept, but no time.
 
     With torch, second derivatives (where gradients are differentiated) and forward mode are composed of operations on
     the scores: they make arrays of size L * S. Under autocast, torch tensors are cast as those of
@@ -93,6 +101,8 @@ def l1_attention(
     plan_attention.check_dropout(dropout_p)
     plan_attention.check_flag("return_lse", return_lse)
     options = plan_attention.option_types(enable_gqa, is_causal, window, score, scale, eps, backend, variant)
+    if plan_quantized.is_quantized(query, key, quant_scale):
+        return _quantized(query, key, value, attn_mask, quant_scale, options, return_lse)
     if any(map(arrays.is_torch, (query, key, value))):
         from . import autograd_attention
 
@@ -101,6 +111,26 @@ def l1_attention(
     given = _accept(query=query, key=key, value=value, attn_mask=attn_mask)
     call = _plan(given, options)
     out, softmax, _ = run_attention.attention(call, *given.values())
+    return _give_back(out, softmax, query, return_lse)
+
+
+def _quantized(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any | None,
+    quant_scale: Any | None,
+    options: plan_attention.AttentionOptions,
+    return_lse: bool,
+) -> Any:
+    """`l1_attention` of 8-bit query and key."""
+    if any(map(arrays.is_torch, (query, key, value))):
+        from . import operators_quantized
+
+        out, lse = operators_quantized.l1_attention(query, key, value, mask, quant_scale, options, return_lse)
+        return (out, lse) if return_lse else out
+    given = _accept(query=query, key=key, value=value, attn_mask=mask, quant_scale=quant_scale)
+    out, softmax = run_attention.attention_quantized(tuple(given.values()), options)
     return _give_back(out, softmax, query, return_lse)
 
 

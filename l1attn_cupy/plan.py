@@ -15,7 +15,8 @@ from typing import NamedTuple, NoReturn
 from .functions import SCORES
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-ITEMSIZE = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+QUANTIZED = ("int8", "uint8")
+ITEMSIZE = {"bool": 1, "int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 BACKENDS = ("cpu", "cuda", "emulator")
 
 #: Range of the normal float32 numbers.
@@ -46,12 +47,16 @@ class Options(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A checked call: ``query (*batch, L, E)`` against ``key (*batch, S, E)``, batch dimensions broadcast."""
+    """A checked call: ``query (*batch, L, E)`` against ``key (*batch, S, E)``, batch dimensions broadcast.
+
+    ``quant_scale`` is a (*batch, 1, 1) that distances of 8-bit numbers are multiplied by.
+    """
 
     query: ArraySpec
     key: ArraySpec
     batch: Shape
     options: Options
+    quant_scale: ArraySpec | None = None
 
     @property
     def length_q(self) -> int:
@@ -68,6 +73,10 @@ class Plan(NamedTuple):
     @property
     def out_shape(self) -> Shape:
         return (*self.batch, self.length_q, self.length_k)
+
+    @property
+    def out_dtype(self) -> str:
+        return "float32" if self.query.dtype in QUANTIZED else self.query.dtype
 
 
 def scores(
@@ -167,11 +176,13 @@ def check_dense(name: str, spec: ArraySpec) -> None:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
 
 
-def check_array(name: str, spec: ArraySpec, axes: str = "(..., length, head_dim)") -> None:
-    """Raise unless ``spec`` is a dense floating-point array of at least two dimensions, with data."""
+def check_array(
+    name: str, spec: ArraySpec, axes: str = "(..., length, head_dim)", dtypes: tuple[str, ...] = DTYPES
+) -> None:
+    """Raise unless ``spec`` is a dense array of at least two dimensions, with data, of one of ``dtypes``."""
     check_dense(name, spec)
-    if spec.dtype not in DTYPES:
-        raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {spec.dtype}")
+    if spec.dtype not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(dtypes)}, got {spec.dtype}")
     check_matrix(name, spec.shape, axes)
     if max(spec.shape) >= 2**31:
         raise ValueError(f"{name} must have dimensions below 2**31, got {spec.shape}")

@@ -15,7 +15,7 @@ from .plan import ArraySpec, Options, Shape, contiguous
 UNLIMITED = -1
 
 #: Arrays that may be None.
-OPTIONAL = ("attn_mask", "grad_lse")
+OPTIONAL = ("attn_mask", "grad_lse", "quant_scale")
 
 #: What a backward pass takes beside the inputs, and how that is described; grad_lse may be None.
 SAVED = ("grad_out", "out", "softmax", "grad_lse")

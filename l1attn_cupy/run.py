@@ -36,6 +36,16 @@ def scores(call: Plan, query: Any, key: Any) -> Any:
     return out
 
 
+def scores_quantized(call: Plan, query: Any, key: Any, quant_scale: Any | None) -> Any:
+    """The scores of 8-bit query and key, shape ``call.out_shape``, in float32."""
+    out = arrays.empty(call.out_shape, query, call.out_dtype)
+    if 0 in call.out_shape:
+        _check_variant(call, "scores_quantized")
+        return out
+    _backend(call.options.backend).scores_quantized(call, query, key, quant_scale, out)
+    return out
+
+
 def scores_backward(
     call: Plan, grad: Any, query: Any, key: Any, saved: Any | None, need_query: bool = True, need_key: bool = True
 ) -> tuple[Any | None, Any | None]:

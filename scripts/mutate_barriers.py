@@ -92,14 +92,18 @@ def _outcome(variant: Variant, seeds: int) -> str:
     if variant.op.startswith("attention"):
         return _attention_outcome(variant, seeds)
     length_q = next(n for n in LENGTHS_Q if _comes_to(variant, n))
-    dtype = variant.dtypes[0]
+    dtype = "float32" if variant.op == "scores_quantized" else variant.dtypes[0]
     query, key, grad = testing.inputs((length_q, CHANNELS), (LENGTH_K, CHANNELS), dtype)
     options: dict[str, Any] = {"score": "negative", "scale": 0.1}
     expected = testing.Expected(query, key, grad, **options)
     wrong = 0
     for _ in range(seeds):  # each launch takes the next seed
         try:
-            if variant.op == "scores_forward":
+            if variant.op == "scores_quantized":
+                q, k, quant_scale = l1.quantize_for_l1(query, key, dtype=variant.dtypes[0])
+                own = {"quant_scale": quant_scale, "backend": "emulator", "variant": variant.name}
+                wrong += expected.scores(l1.l1_scores(q, k, **own, **options)).error > 0.05
+            elif variant.op == "scores_forward":
                 scores = l1.l1_scores(query, key, backend="emulator", variant=variant.name, **options)
                 wrong += expected.scores(scores).error > 0.05  # a missing barrier is no matter of rounding
             else:

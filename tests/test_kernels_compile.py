@@ -133,6 +133,16 @@ def test_scores_forward_half2_budget(kernel, loop_of):
 
 
 @needs_tools
+@loops("scores_quantized", "sad")
+def test_scores_quantized_sad_budget(kernel, loop_of):
+    """Four terms in one instruction; the loads of small tiles serve fewer."""
+    loop, steps = loop_of(*kernel)
+    assert loop.count("VABSDIFF4") == loop.terms / 4
+    assert loop.count("LDS") == (2 if kernel[0].limits else 4) * steps / 4  # a word is four channels
+    assert loop.slots_per_term <= (0.32 if kernel[0].limits else 0.3)
+
+
+@needs_tools
 @loops("scores_backward", "tiled")
 def test_scores_backward_tiled_budget(kernel, loop_of):
     """Subtract, half a step, multiply and add: 3 instructions a term, for one gradient."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import quantized_cases
 import tangent_cases
 import torch
 from cases import BROADCAST, SCORES, TORCH_LAYOUTS, assert_identical, options
 from kernel_cases import Kernel, Machine, assert_gradients, assert_scores, each, problem
+from quantized_cases import distances, numbers
 
 import l1attn_cupy as l1
 import l1attn_cupy.autograd  # registers the operators
@@ -192,7 +194,8 @@ def test_scores_backward_nan_and_infinity(machine, kernel, score, where):
 
 def unaligned(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers from the second element of a buffer: no row begins at a multiple of 128 bits."""
-    return torch.cat([tensor.new_full((1,), torch.nan), tensor.flatten()])[1:].view(tensor.shape)
+    before = torch.nan if tensor.is_floating_point() else 99
+    return torch.cat([tensor.new_full((1,), before), tensor.flatten()])[1:].view(tensor.shape)
 
 
 def expanded(tensor: torch.Tensor) -> torch.Tensor:
@@ -377,3 +380,30 @@ def test_scores_backward_sum_of_h_beyond_the_largest_float(machine, kernel):
     grad[1:] = 0
     dquery, _ = machine.gradients(kernel, grad, query, key, score="distance")
     assert dquery[0, 0] == 0
+
+
+# ---- bytes --------------------------------------------------------------------------------------------------------
+
+
+@each("scores_quantized")
+def test_scores_quantized_exact_at_odd_sizes(machine, kernel):
+    """Integers to the last bit, whatever is left over of rows, keys, channels and words."""
+    for length_q, length_k, channels in kernel.lengths:
+        query, key = numbers((length_q, channels), kernel.dtype), numbers((length_k, channels), kernel.dtype, seed=1)
+        result = machine.scores(kernel, *map(torch.from_numpy, (query, key)), score="distance")
+        assert_identical(result, distances(query, key).astype(np.float32))
+
+
+@each("scores_quantized")
+def test_scores_quantized_layouts_and_scales(machine, kernel):
+    """Every score; query, key and scale broadcast, each its own way; rows apart, unaligned, or all the same."""
+    query, key = (
+        torch.from_numpy(numbers(shape, kernel.dtype, seed=len(shape)))
+        for shape in ((3, 1, kernel.length_q, 48), (2, 65, 48))
+    )
+    scales = [torch.linspace(0.001, 0.01, 3).reshape(3, 1, 1, 1), torch.tensor([0.003, 0.0007]).reshape(2, 1, 1)]
+    for which, layout in enumerate(layout for layout in LAYOUTS if layout != "negative bit"):
+        query, key = LAYOUTS[layout](query), LAYOUTS[layout](key) if which % 2 else key
+        call = {"score": SCORES[which % 4], "scale": 0.3, "eps": 0.02, "quant_scale": scales[which % 2]}
+        given = {**call, "quant_scale": machine.own(call["quant_scale"])[0]}
+        quantized_cases.assert_scores(machine.scores(kernel, query, key, **given), query, key, **call)

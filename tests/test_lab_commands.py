@@ -67,7 +67,7 @@ def test_lab_says_what_to_install():
     "arguments, message",
     [
         (["list", "sideways"], "OP must be one of scores_forward, scores_backward.*, got sideways"),
-        (["list", "--dtype", "f8"], "--dtype must be one of f32, f16, bf16, f64, got f8"),
+        (["list", "--dtype", "f8"], "--dtype must be one of f32, f16, bf16, f64, i8, u8, got f8"),
         (["list", "--shape", "8x0x8x8"], "a shape must be BxLxSxE, such as 8x1024x1024x64, got '8x0x8x8'"),
         (["list", "--arch", "999"], "--arch must be one of 75, .*, got 999"),
         (["tune", "sideways", "--shapes", "1x1x1x1"], "OP must be one of"),

@@ -66,6 +66,7 @@ BAD_LINES = {
         "the file of a variant of scores_backward must be named scores_backward_NAME.cu, got scores_forward_bad.cu",
     ),
     "unknown dtype": (GOOD.replace("f32", "f32,f8"), "dtypes must be a list from f32,f16,bf16,f64, got f32,f8"),
+    "dtype of another op": (GOOD.replace("f32", "f32,i8"), "dtypes must be a list from f32,f16,bf16,f64, got f32,i8"),
     "no dtypes": (GOOD.replace("dtypes=f32 ", ""), "dtypes must be a list from f32,f16,bf16,f64, got None"),
     "no block size": (
         GOOD.replace("BLOCK_K=32 ", ""),
@@ -166,7 +167,7 @@ def test_packaged_parameters_are_checked_with_a_reason(path):
 def test_packaged_variants_fit_every_call():
     """Without ``variant=`` there is a kernel for all dtypes and sizes."""
     for op in registry.OPS:
-        for dtype in registry.DTYPES.values():
+        for dtype in registry.dtypes_of(op).values():
             for size in (0, 1, 64, 65, 2**20):
                 assert registry.choose(op, dtype, {"q": size, "k": size, "e": size, "v": size}, None).rank > 0
 

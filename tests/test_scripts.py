@@ -24,7 +24,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", ["check.py", "train_digits.py", "bench.py"])
+@pytest.mark.parametrize("name", ["check.py", "train_digits.py", "bench.py", "bench_int8.py"])
 def test_scripts_help(name):
     """It explains every option."""
     done = script(name, "--help")
@@ -127,3 +127,13 @@ def test_check_unknown_backend():
     done = script("check.py", "--backend", "gpu")
     assert done.returncode == 2
     assert "--backend must be one of cpu, cuda, emulator, got gpu" in done.stderr
+
+
+@pytest.mark.slow
+def test_bench_int8_trains_and_quantises():
+    """A line for each model, as it is and in 8 bits; after so little training they are alike."""
+    done = script("bench_int8.py", "--only", "models", "--seeds", "1", "--epochs", "1", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if "seed 0" in line]
+    assert [line[0] for line in lines] == ["digits,", "text", "text"]
+    assert all(abs(float(before) - float(after)) < 0.05 for *_, before, after in lines)

@@ -17,9 +17,10 @@ from numba import prange
 from ..functions import NEGATIVE
 from .elements import load_rows, store_rows
 from .jit import kernel
-from .scores import _address, _blocks, _load_panels
+from .panels import load_panels, new_panels, score_panels
+from .scores import _address, _blocks
 from .vector import lanes, panel_width, peek, poke, scatter_rows
-from .vector_attention import add_weighted_rows, add_weighted_rows_1, score_panel, softmax_step
+from .vector_attention import add_weighted_rows, add_weighted_rows_1, softmax_step
 
 #: Rows of y in a tile.
 Y_ROWS = 32
@@ -45,9 +46,8 @@ def task_of(turn, run, runs):
 
 @kernel()
 def score_tile(y_panels, y_count, x_panels, panel, channels, tile, score, scale, eps):
-    """Scores of ``y_count`` panels of y (the rows of the tile) and one panel of x (its lanes)."""
-    for p in range(y_count):
-        score_panel(y_panels, p, x_panels, panel, channels, tile, p * tile.shape[1], score, scale, eps)
+    """Scores of y (the rows of the tile, ``y_count`` times as many as it has lanes) and of x (its lanes)."""
+    score_panels(y_panels, y_count, x_panels, panel, channels, tile, score, scale, eps)
     if score == NEGATIVE:
         _bound(tile[: y_count * tile.shape[1]])
 
@@ -156,17 +156,19 @@ def _finish(acc, largest, total, rows, whole, softmax, stride):
             acc[r, c] *= factor
 
 
-def _forward(q, k, v, mask, out, softmax, dtypes, batch, sizes, work, blocks, band, score, scalars):
+def _forward(q, k, v, mask, quant_scale, out, softmax, dtypes, batch, sizes, work, blocks, band, score, scalars, like):
     """out and softmax of every batch entry.
 
-    ``dtypes`` is (code and itemsize of the arrays and of out, itemsize of softmax, kind of mask). ``sizes`` is
+    ``dtypes`` is (code and itemsize of the arrays and of out, itemsize of softmax, kind of mask, code and itemsize of q
+    and k); ``like`` is of the type of their panels. Distances of bytes are multiplied by the ``quant_scale`` of their
+    entry too, unless that has address 0. ``sizes`` is
     (batches, E, Ev), ``blocks`` is (most queries in a task, stride of out and of softmax between parts of the keys or 0
     if there is one part, runs). A line of ``work``
     is (first query, queries, first key, end of the keys, what to add to query - key to get the difference of their
     places in their sequences, part); ``band`` has the least and the largest such difference that is not ruled out;
     ``scalars`` is (scale, eps).
     """
-    dtype, itemsize, out_dtype, out_itemsize, softmax_itemsize, kind = dtypes
+    dtype, itemsize, out_dtype, out_itemsize, softmax_itemsize, kind, qk_dtype, qk_itemsize = dtypes
     batches, channels, channels_v = sizes
     q_block, out_part, softmax_part, runs = blocks
     tasks = work.shape[0] * batches
@@ -175,8 +177,7 @@ def _forward(q, k, v, mask, out, softmax, dtypes, batch, sizes, work, blocks, ba
     mask_itemsize = 1 if kind == BOOLEAN else itemsize
     for run in prange(runs):
         scratch = np.empty((width, padded), scalars.dtype)
-        q_panels = np.empty((q_block // width, padded, width), scalars.dtype)
-        k_panels = np.empty((Y_ROWS // width, padded, width), scalars.dtype)
+        q_panels, k_panels = new_panels(q_block, channels, True, like), new_panels(Y_ROWS, channels, False, like)
         values, special = np.empty((Y_ROWS, padded_v), scalars.dtype), np.empty((Y_ROWS, padded_v), scalars.dtype)
         tile, loaded = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
         before = np.empty((Y_ROWS, width), scalars.dtype)
@@ -189,13 +190,16 @@ def _forward(q, k, v, mask, out, softmax, dtypes, batch, sizes, work, blocks, ba
                 continue
             block, index = work[task // batches], task % batches
             i0, rows, j_first, j_end, offset, part = block[0], block[1], block[2], block[3], block[4], block[5]
-            source = _address(q, itemsize, index, batch, i0, 0)
-            _load_panels(source, dtype, itemsize, q, rows, channels, scratch, q_panels)
+            source = _address(q, qk_itemsize, index, batch, i0, 0)
+            load_panels(source, qk_dtype, qk_itemsize, q, rows, channels, scratch, q_panels)
+            scale = scalars[0]
+            if quant_scale.data != 0:
+                scale *= peek(_address(quant_scale, 4, index, batch, 0, 0), 0, np.float32(0))
             acc[:], total[:], largest[:] = 0, 0, -np.inf
             for j0 in range(j_first, j_end, Y_ROWS):
                 columns = min(Y_ROWS, j_end - j0)
-                source = _address(k, itemsize, index, batch, j0, 0)
-                _load_panels(source, dtype, itemsize, k, columns, channels, scratch, k_panels)
+                source = _address(k, qk_itemsize, index, batch, j0, 0)
+                load_panels(source, qk_dtype, qk_itemsize, k, columns, channels, scratch, k_panels)
                 source = _address(v, itemsize, index, batch, j0, 0)
                 load_rows(source, dtype, v.row, v.column, columns, channels_v, values)
                 has_special = set_aside(values, columns, special)
@@ -203,9 +207,8 @@ def _forward(q, k, v, mask, out, softmax, dtypes, batch, sizes, work, blocks, ba
                     i, count = i0 + p * width, min(width, rows - p * width)
                     if outside_band(i - j0 + offset, count, columns, band):
                         continue
-                    score_tile(
-                        k_panels, _blocks(columns, width), q_panels, p, channels, tile, score, scalars[0], scalars[1]
-                    )
+                    y_count = _blocks(columns, width)
+                    score_tile(k_panels, y_count, q_panels, p, channels, tile, score, scale, scalars[1])
                     if kind != NO_MASK:
                         source = _address(mask, mask_itemsize, index, batch, i, j0)
                         add_mask(source, kind, dtype, mask, count, columns, loaded, tile)

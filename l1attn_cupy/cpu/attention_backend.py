@@ -17,6 +17,7 @@ from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, Shape, broadcast_dims, contiguous
 from ..plan_attention import SAVED, UNLIMITED, AttentionPlan, Saved, Segments
+from ..plan_quantized import Quantized
 from . import attention, attention_gradients, threads
 from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
 from .backend import _Call, _ceil_to, _lay_out, _Layout, _panel, _split
@@ -75,10 +76,25 @@ def attention_forward(
     plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
     """Write ``out``, in its dtype, and ``softmax``; neither L nor a batch dimension is 0."""
-    workers = threads.count(query, terms=_terms(plan))
-    given = [0 if array is None else arrays.address(array) for array in (query, key, value, mask)]
+    _attention_forward(plan, None, (query, key, value, mask, None), out, softmax)
+
+
+def attention_quantized(
+    plan: AttentionPlan,
+    quantized: Quantized,
+    given: tuple[Any, Any, Any, Any | None, Any | None],
+    out: Any,
+    softmax: Any,
+) -> None:
+    """The same from 8-bit query and key: ``given`` is query, key, value, mask and quant_scale."""
+    _attention_forward(plan, quantized, given, out, softmax)
+
+
+def _attention_forward(plan: AttentionPlan, quantized: Quantized | None, given: tuple, out: Any, softmax: Any) -> None:
+    workers = threads.count(given[2], terms=_terms(plan))
+    given = tuple(0 if array is None else arrays.address(array) for array in given)
     results = arrays.address(out), arrays.address(softmax)
-    forward, merge, parts = _forward_calls(plan, arrays.describe(out).dtype, workers)
+    forward, merge, parts = _forward_calls(plan, arrays.describe(out).dtype, workers, quantized)
     if merge is None:
         forward.launch(*given, *results)
         return
@@ -129,21 +145,27 @@ def _terms(plan: AttentionPlan) -> int:
 
 
 @_cached
-def _forward_calls(plan: AttentionPlan, out_dtype: str, workers: int) -> tuple[_Call, _Call | None, int]:
+def _forward_calls(
+    plan: AttentionPlan, out_dtype: str, workers: int, quantized: Quantized | None
+) -> tuple[_Call, _Call | None, int]:
     """The call that writes out and softmax; or, of each part of the keys, and the one that joins the parts."""
     rows = (*plan.batch, plan.length_q)
     out = plan.new_like(plan.query._replace(shape=(*rows, plan.channels_v), dtype=out_dtype))
     softmax = contiguous(plan.query._replace(dtype=plan.lse_dtype), (*rows, 2))
     parts = _parts(plan)
     if parts == 1:
-        return _forward_call(plan, out, softmax, workers, 1), None, 1
+        return _forward_call(plan, out, softmax, workers, 1, quantized), None, 1
     part_out, part_softmax = (contiguous(spec, spec.shape)._replace(dtype=plan.lse_dtype) for spec in (out, softmax))
-    return _forward_call(plan, part_out, part_softmax, workers, parts), _merge_call(plan, out, softmax), parts
+    forward = _forward_call(plan, part_out, part_softmax, workers, parts, quantized)
+    return forward, _merge_call(plan, out, softmax), parts
 
 
-def _forward_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int, parts: int) -> _Call:
+def _forward_call(
+    plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, workers: int, parts: int, quantized: Quantized | None
+) -> _Call:
     """The call that writes out and softmax, or those of each part of the keys, which lie one after another."""
-    specs = [plan.query, plan.key, plan.value, plan.mask or softmax, out, softmax]
+    quant_scale = quantized and quantized.quant_scale
+    specs = [plan.query, plan.key, plan.value, plan.mask or softmax, quant_scale or softmax, out, softmax]
     batch, layout = _lay_out(specs, plan.batch, range(len(plan.batch)))
     batches, itemsize = math.prod(plan.batch), ITEMSIZE[plan.query.dtype]
     side = _queries(plan)
@@ -153,12 +175,14 @@ def _forward_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec, worke
         *(DTYPE_CODES[plan.query.dtype], itemsize),
         *(DTYPE_CODES[out.dtype], ITEMSIZE[out.dtype]),
         *(ITEMSIZE[plan.lse_dtype], _mask_kind(plan)),
+        *((int(quantized.dtype == "int8"), 1) if quantized else (DTYPE_CODES[plan.query.dtype], itemsize)),
     )
     strides = (batches * plan.length_q * plan.channels_v, batches * plan.length_q * 2) if parts > 1 else (0, 0)
     blocks = (block, *strides, _runs(len(work) * batches, workers))
     arguments = (dtypes, batch, (batches, plan.channels, plan.channels_v), work, blocks, (side.low, side.high))
     kernel = attention.forward if workers > 1 else attention.forward_serial
-    return _kept(plan, _Call(kernel, workers, layout, (*arguments, *_score(plan))))
+    like = np.empty(0, np.uint64 if quantized else plan.lse_dtype)
+    return _kept(plan, _Call(kernel, workers, layout, (*arguments, *_score(plan), like)))
 
 
 def _merge_call(plan: AttentionPlan, out: ArraySpec, softmax: ArraySpec) -> _Call:

@@ -13,7 +13,7 @@ import numpy as np
 from .. import arrays
 from ..functions import SCORES
 from ..plan import ITEMSIZE, ArraySpec, Plan, Shape, batch_strides, broadcast_dims, collapse, contiguous
-from . import jit, threads
+from . import jit, quantized, threads
 from .elements import DTYPE_CODES
 from .scores import (
     Y_BLOCK,
@@ -46,6 +46,14 @@ def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     workers = threads.count(query, terms=math.prod(plan.out_shape) * max(plan.channels, 1))
     call = _forward_call(plan, workers)
     call.launch(*map(arrays.address, (query, key, out)))
+
+
+def scores_quantized(plan: Plan, query: Any, key: Any, quant_scale: Any | None, out: Any) -> None:
+    """Write the scores of 8-bit ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
+    workers = threads.count(query, terms=math.prod(plan.out_shape) * max(plan.channels, 1))
+    call = _quantized_call(plan, workers)
+    scale_at = 0 if quant_scale is None else arrays.address(quant_scale)
+    call.launch(arrays.address(query), arrays.address(key), scale_at, arrays.address(out))
 
 
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
@@ -113,6 +121,16 @@ def _forward_call(plan: Plan, workers: int) -> _Call:
     sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
     arguments = _common(plan, batch, sizes, _forward_blocks(plan, sizes, workers))
     return _Call(forward if workers > 1 else forward_serial, workers, layout, arguments).compiled()
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantized_call(plan: Plan, workers: int) -> _Call:
+    out = contiguous(plan.query, plan.out_shape)
+    batch, layout = _lay_out([plan.query, plan.key, plan.quant_scale or out, out], plan.batch, range(len(plan.batch)))
+    sizes = (math.prod(plan.batch), plan.length_q, plan.length_k, plan.channels)
+    common = batch, sizes, _quantized_blocks(sizes, workers), *_score(plan)
+    kernel = quantized.forward if workers > 1 else quantized.forward_serial
+    return _Call(kernel, workers, layout, (plan.query.dtype == "int8", *common)).compiled()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -185,9 +203,15 @@ def _lay_out(
 
 def _common(plan: Plan, batch: np.ndarray, sizes: Shape, blocks: tuple | int) -> tuple:
     """The arguments that both kernels take after the matrices."""
-    dtype, options = plan.query.dtype, plan.options
-    scalars = np.array([options.scale, options.eps], np.float64 if dtype == "float64" else np.float32)
-    return DTYPE_CODES[dtype], ITEMSIZE[dtype], batch, sizes, blocks, SCORES[options.score], scalars
+    dtype = plan.query.dtype
+    return DTYPE_CODES[dtype], ITEMSIZE[dtype], batch, sizes, blocks, *_score(plan)
+
+
+def _score(plan: Plan) -> tuple[int, np.ndarray]:
+    """Code of the score, and the scalars scale and eps in the type of accumulation."""
+    options = plan.options
+    scalars = np.array([options.scale, options.eps], np.float64 if plan.query.dtype == "float64" else np.float32)
+    return SCORES[options.score], scalars
 
 
 def _panel(dtype: str, channels: int) -> tuple[int, int]:
@@ -211,6 +235,18 @@ def _forward_blocks(plan: Plan, sizes: Shape, workers: int) -> tuple[int, int, i
     keys = _split(length_k, width, _ceil_to(length_k, width), -(-wanted // row_tasks))
     tasks = row_tasks * -(-length_k // keys)
     return rows, keys, min(keys, max(width, fitting // 2 // width * width)), min(tasks, wanted)
+
+
+def _quantized_blocks(sizes: Shape, workers: int) -> tuple[int, int, int, int]:
+    """The same for bytes: as many keys at once as fit a block of scratch memory, so that rows are written far along."""
+    batches, length_q, length_k, channels = sizes
+    wanted = 1 if workers == 1 else workers * _TASKS_PER_THREAD
+    fitting = max(quantized.STRIP, _BLOCK_NUMBERS // max(channels, 1) // quantized.STRIP * quantized.STRIP)
+    rows = _split(length_q, quantized.TILE_ROWS, min(fitting, 256), -(-wanted // batches))
+    row_tasks = batches * -(-length_q // rows)
+    keys = _split(length_k, quantized.STRIP, _ceil_to(length_k, quantized.STRIP), -(-wanted // row_tasks))
+    tasks = row_tasks * -(-length_k // keys)
+    return rows, keys, min(keys, fitting), min(tasks, wanted)
 
 
 def _backward_blocks(plan: Plan, sizes: Shape, workers: int, x_is_row: bool) -> tuple[int, bool, int]:

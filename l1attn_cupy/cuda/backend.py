@@ -25,6 +25,13 @@ def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
         calls.scores_forward(machine, plan, query, key, out)
 
 
+def scores_quantized(plan: Plan, query: Any, key: Any, quant_scale: Any | None, out: Any) -> None:
+    """Write the scores of 8-bit ``query`` and ``key`` to ``out``."""
+    device, machine = machine_of(plan, query)
+    with device:
+        calls.scores_quantized(machine, plan, query, key, quant_scale, out)
+
+
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
     """Write the gradients that are not None; ``saved`` is the forward result or None."""
     device, machine = machine_of(plan, query)

@@ -24,6 +24,13 @@ def scores_forward(machine: Machine, plan: Plan, query: Any, key: Any, out: Any)
     machine(launch.scores_forward(plan), {"query": query, "key": key}, {"out": out})
 
 
+def scores_quantized(machine: Machine, plan: Plan, query: Any, key: Any, quant_scale: Any | None, out: Any) -> None:
+    """Write the scores of 8-bit ``query`` and ``key`` to ``out``, which is contiguous and not empty."""
+    plan, query, key = _with_contiguous_rows(plan, query, key)
+    given = {"query": query, "key": key} | ({} if quant_scale is None else {"quant_scale": quant_scale})
+    machine(launch.scores_quantized(plan), given, {"out": out})
+
+
 def scores_backward(
     machine: Machine, plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any
 ) -> None:

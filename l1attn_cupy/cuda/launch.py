@@ -35,6 +35,15 @@ _SCORES_FORWARD = np.dtype(
     ],
     align=True,
 )
+_SCORES_QUANTIZED = np.dtype(
+    [
+        *((name, _MATRIX) for name in ("q", "k", "quant_scale", "out")),
+        ("batch_shape", "i4", MAX_BATCH_DIMS),
+        *((name, "i4") for name in ("length_q", "length_k", "channels", "score")),
+        *((name, _NUMBER) for name in ("scale", "eps")),
+    ],
+    align=True,
+)
 _SCORES_JVP = np.dtype(
     [
         *((name, _MATRIX) for name in ("q", "k", "tq", "tk", "scores", "out")),
@@ -62,7 +71,7 @@ _SCORES_BACKWARD = np.dtype(
 )
 
 #: Value of the macro DTYPE.
-DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
+DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "int8": 4, "uint8": 5}
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,11 @@ def scores_backward(plan: Plan, grad: ArraySpec, saved: ArraySpec, need_query: b
     return _scores_backward(registry.generation("scores_backward"), plan, grad, saved, need_query, need_key)
 
 
+def scores_quantized(plan: Plan) -> Launch:
+    """The launch that computes the scores of 8-bit arrays. Arrays: query, key, quant_scale, out."""
+    return _scores_quantized(registry.generation("scores_quantized"), plan)
+
+
 def scores_jvp(plan: Plan, tangent_query: ArraySpec, tangent_key: ArraySpec, saved: ArraySpec) -> Launch:
     """The launch that computes the tangent. Arrays: query, key, tangent_query, tangent_key, scores, out."""
     return _scores_jvp(registry.generation("scores_jvp"), plan, tangent_query, tangent_key, saved)
@@ -117,6 +131,14 @@ def _scores_forward(_generation: int, plan: Plan) -> Launch:
     variant = _pick("scores_forward", plan)
     specs = {"q": plan.query, "k": plan.key, "out": contiguous(plan.query, plan.out_shape)}
     return _of_tiles(variant, plan, _SCORES_FORWARD, specs, ("query", "key", "out"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _scores_quantized(_generation: int, plan: Plan) -> Launch:
+    variant = _pick("scores_quantized", plan)
+    out = contiguous(plan.query, plan.out_shape)
+    specs = {"q": plan.query, "k": plan.key, "quant_scale": plan.quant_scale or out, "out": out}
+    return _of_tiles(variant, plan, _SCORES_QUANTIZED, specs, ("query", "key", "quant_scale", "out"))
 
 
 @functools.lru_cache(maxsize=1024)

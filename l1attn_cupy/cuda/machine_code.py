@@ -11,6 +11,7 @@ leaves a mark on each, whatever it unrolls:
 
 - a sum adds an absolute value, which is an operand modifier: ``FADD R1, R1, |R2|``. Packed, ``HADD2 R1,
   |R1|, |R2|``, it is two terms.
+- four terms of bytes are one ``VABSDIFF4.U8.ACC``.
 - a sign comes from a multiplication that saturates, `half_step` in ``common.cuh``: ``FFMA.SAT``.
 
 `terms_per_step` says from a variant's header alone how many terms a thread must do for each channel (forward) or row of
@@ -222,7 +223,7 @@ _SUMS = ("FADD", "DADD", "HADD2", "HFMA2")  # what may add an absolute value; co
 
 
 #: Kinds of instructions, and how their opcodes begin; "arithmetic" is `Instruction.floating_point` but for
-#: conversions (from float16 it is an addition of zero).
+#: conversions (from float16 it is an addition of zero), and sums of bytes.
 KINDS = {
     "arithmetic": r"(?!)",
     "shared memory": r"LDS|STS|LDSM|ATOMS",
@@ -264,7 +265,7 @@ class Instruction(NamedTuple):
     @property
     def kind(self) -> str:
         """Which of `KINDS` it is, or "other"."""
-        if self.floating_point and not re.match(KINDS["conversion"], self.opcode):
+        if self.base == "VABSDIFF4" or (self.floating_point and not re.match(KINDS["conversion"], self.opcode)):
             return "arithmetic"
         return next((kind for kind, pattern in KINDS.items() if re.match(pattern, self.opcode)), "other")
 
@@ -273,6 +274,8 @@ class Instruction(NamedTuple):
         """How many terms it completes (see the top of this file)."""
         if self.base in _SUMS and (absolute := _ABSOLUTE.findall(self.operands)):
             return 2 if self.base.endswith("2") else len(absolute)
+        if self.base == "VABSDIFF4" and ".ACC" in self.opcode:
+            return 4
         return int(self.floating_point and ".SAT" in self.opcode)
 
     @property
@@ -437,6 +440,7 @@ def terms_per_step(variant: Variant) -> Fraction:
     columns = "TILE_K" if "TILE_K" in variant.parameters else "BLOCK_K"
     sides = {
         "scores_forward": ("BLOCK_Q", columns),
+        "scores_quantized": ("BLOCK_Q", columns),
         "scores_backward": ("BLOCK_X", "BLOCK_E"),
         "attention_forward": ("BLOCK_Q", columns),
         "attention_backward": ("BLOCK_X", "TILE_Y"),
@@ -447,7 +451,7 @@ def terms_per_step(variant: Variant) -> Fraction:
 
 
 def budget(variant: Variant) -> float:
-    """The fewest floating-point instructions that a term takes.
+    """The fewest floating-point instructions that a term takes; of bytes, instructions that sum four terms.
 
     A sum takes a subtraction and an addition of the absolute value; a sign for one gradient a subtraction, a
     multiplication that saturates, and one that adds; with ATOMIC=1 one more addition serves the second gradient. With
@@ -459,7 +463,13 @@ def budget(variant: Variant) -> float:
 
 
 #: For each op the budget of a term for one gradient, or of a score, in float32; products of matrices are not in terms.
-BUDGETS = {"scores_forward": 2, "scores_backward": 3, "attention_forward": 2, "attention_backward": 3}
+BUDGETS = {
+    "scores_forward": 2,
+    "scores_quantized": 0.25,
+    "scores_backward": 3,
+    "attention_forward": 2,
+    "attention_backward": 3,
+}
 
 
 def _product(variant: Variant, keys: Iterable[str]) -> int:

@@ -22,12 +22,15 @@ OPS = {
     "scores_forward": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
     "scores_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"}, {"BLOCK_Q", "BLOCK_K", "BLOCK_E", "THREADS", "ATOMIC"}),
     "scores_jvp": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
+    "scores_quantized": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
     "attention_forward": ({"BLOCK_Q", "BLOCK_V", "THREADS"},),
     "attention_merge": ({"BLOCK_V", "THREADS"},),
     "attention_backward": ({"BLOCK_X", "BLOCK_E", "THREADS"},),
     "attention_mask_gradient": ({"BLOCK_Q", "BLOCK_K", "THREADS"},),
 }
-DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
+FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
+BYTES = {"i8": "int8", "u8": "uint8"}
+DTYPES = {**FLOATS, **BYTES}
 _LIMITS = ("min_q", "max_q", "min_k", "max_k", "min_e", "max_e", "min_v", "max_v")
 _LINE = re.compile(r"^//\s*@variant\b(?P<rest>.*)$")
 
@@ -107,6 +110,11 @@ def folders() -> list[Path]:
     if not Path(own).is_dir():
         raise KernelError(f"L1ATTN_KERNELS must name a folder, got {own!r}")
     return [Path(own), packaged_folder()]
+
+
+def dtypes_of(op: str) -> dict[str, str]:
+    """The dtypes of query and key that an op is for, by their short names."""
+    return BYTES if op.endswith("_quantized") else FLOATS
 
 
 def generation(op: str = "") -> int:
@@ -249,8 +257,8 @@ def _parse(path: Path, number: int, text: str) -> Variant:
     kinds = (dtypes or "").split(",")
     if len(set(kinds)) < len(kinds):
         raise KernelError(f"{where}: dtypes lists one twice, got {dtypes}")
-    if not set(kinds) <= set(DTYPES):
-        raise KernelError(f"{where}: dtypes must be a list from {','.join(DTYPES)}, got {dtypes}")
+    if not set(kinds) <= set(dtypes_of(op)):
+        raise KernelError(f"{where}: dtypes must be a list from {','.join(dtypes_of(op))}, got {dtypes}")
     choices = {key: _numbers(where, key, value) for key, value in words.items() if key.isupper() and "," in value}
     numbers = {key: choices[key][0] if key in choices else _number(where, key, value) for key, value in words.items()}
     limits = {key: numbers.pop(key) for key in _LIMITS if key in numbers}
@@ -268,8 +276,8 @@ def _parse(path: Path, number: int, text: str) -> Variant:
     if not any(required <= numbers.keys() for required in OPS[op]):
         raise KernelError(f"{where}: {op} needs {' or '.join(str(sorted(r)) for r in OPS[op])}, got {sorted(numbers)}")
     name = path.stem.removeprefix(f"{op}_")
-    dtypes_of = tuple(DTYPES[kind] for kind in kinds)
-    return Variant(op, name, path, number, dtypes_of, numbers, rank, limits, choices, rounds == 1)
+    names = tuple(DTYPES[kind] for kind in kinds)
+    return Variant(op, name, path, number, names, numbers, rank, limits, choices, rounds == 1)
 
 
 def _split(where: str, word: str) -> tuple[str, str]:

@@ -23,6 +23,11 @@ def scores_forward(plan: Plan, query: Any, key: Any, out: Any) -> None:
     calls.scores_forward(_run, plan, query, key, out)
 
 
+def scores_quantized(plan: Plan, query: Any, key: Any, quant_scale: Any | None, out: Any) -> None:
+    """Write the scores of 8-bit ``query`` and ``key`` to ``out``."""
+    calls.scores_quantized(_run, plan, query, key, quant_scale, out)
+
+
 def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dquery: Any, dkey: Any) -> None:
     """Write the gradients that are not None; ``saved`` is the forward result or None."""
     calls.scores_backward(_run, plan, grad, query, key, saved, dquery, dkey)

@@ -83,7 +83,7 @@ class Done(NamedTuple):
 
 Event = Using | Read | Right | Wrong | Unusable | Cost | Note | Done | timing.Timed
 
-_FIRST = ("float32", "float16", "bfloat16", "float64")  # what is checked first
+_FIRST = ("float32", "float16", "bfloat16", "float64", "int8", "uint8")  # what is checked first
 _COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _ENTRY = re.compile(r"__global__[^;{}()]*(?:__launch_bounds__\s*\([^)]*\))?[^;{}()]*?\b(\w+)\s*\(\s*(?:const\s+)?(\w+)")
 

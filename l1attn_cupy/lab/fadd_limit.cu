@@ -3,7 +3,8 @@
 // Computes   limit_forward   acc += |q - k|                             FADD, FADD with a free |.|    2 a term
 //            limit_backward  t = saturate((q - k) * 1.7e38 + 0.5)       FADD, FFMA.SAT
 //                            acc += t * h                               FFMA                          3 a term
-// Types      -DTERM_TYPE=1 float, 2 half2 (two terms in each operation), 3 double (forward only)
+// Types      -DTERM_TYPE=1 float, 2 half2 (two terms in each operation), 3 double (forward only), 4 four bytes (forward
+//            only, four terms in one VABSDIFF4; before sm_120, where it is four instructions)
 // Shapes     out (blocks * THREADS); a pass of a thread is PERIOD * ROWS * COLS terms
 // Cost       one shared load of COLS values per ROWS * COLS terms, one branch per UNROLL of those
 //
@@ -35,6 +36,19 @@ __device__ T backward_term(T acc, T q, T k, T h) {
 }
 __device__ T make(float x) { return __float2half2_rn(x); }
 __device__ float value(T x) { return __low2float(x) + __high2float(x); }
+#elif TERM_TYPE == 4
+typedef unsigned T;
+__device__ T forward_term(T acc, T q, T k) {
+#if __CUDA_ARCH__ >= 1200
+    return __dp4a(__vabsdiffu4(q, k), 0x01010101u, acc);
+#else
+    T sum;  // acc + __vsadu4(q, k) would be two instructions
+    asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(sum) : "r"(q), "r"(k), "r"(acc));
+    return sum;
+#endif
+}
+__device__ T make(float x) { return __float_as_uint(x); }
+__device__ float value(T x) { return static_cast<float>(x); }
 #else
 typedef double T;
 __device__ T forward_term(T acc, T q, T k) { return acc + fabs(q - k); }
@@ -47,7 +61,7 @@ constexpr int ROWS = sizeof(T) == 8 ? 8 : 16;  // 32 or 64 sums: enough to hide 
 constexpr int PERIOD = 64, UNROLL = 4;
 static_assert(PERIOD % UNROLL == 0, "the unrolled loop has no tail");
 
-extern "C" __constant__ int limit_terms_per_pass = PERIOD * ROWS * COLS * (TERM_TYPE == 2 ? 2 : 1);
+extern "C" __constant__ int limit_terms_per_pass = PERIOD * ROWS * COLS * (TERM_TYPE % 2 ? 1 : TERM_TYPE);
 
 struct alignas(16) Columns { T k[COLS]; };
 
@@ -82,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) limit_forward(float* out, 
     loop(out, passes, [](T acc, T q, T k) { return forward_term(acc, q, k); });
 }
 
-#if TERM_TYPE != 3
+#if TERM_TYPE < 3
 extern "C" __global__ void __launch_bounds__(THREADS) limit_backward(float* out, int passes) {
     const T h = make(1e-3f * (threadIdx.x + 1));
     loop(out, passes, [h](T acc, T q, T k) { return backward_term(acc, q, k, h); });

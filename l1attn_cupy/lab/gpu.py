@@ -12,8 +12,9 @@ import torch
 
 THREADS, BLOCKS_PER_SM, PASSES, WARM_UP = 256, 8, 20, 3  # a millisecond or two a launch
 OVERWRITES = 6
-TERM_TYPE = {"float32": 1, "bfloat16": 1, "float16": 2, "float64": 3}  # bfloat16 is summed in float32
-HAS_LIMIT = {"forward": set(TERM_TYPE), "backward": set(TERM_TYPE) - {"float64"}}
+# bfloat16 is summed in float32
+TERM_TYPE = {"float32": 1, "bfloat16": 1, "float16": 2, "float64": 3, "int8": 4, "uint8": 4}
+HAS_LIMIT = {"forward": set(TERM_TYPE), "backward": {"float32", "bfloat16", "float16"}}
 
 
 class CudaClock:
@@ -53,7 +54,7 @@ class CudaClock:
 
 
 class CudaLimit:
-    """Terms per second of one op and dtype with operands in registers; a half2 counts as two terms."""
+    """Terms per second of one op and dtype with operands in registers; a half2 is two terms, a word of bytes four."""
 
     def __init__(self, op: str, dtype: str) -> None:
         import cupy
@@ -84,6 +85,7 @@ class CudaLimit:
 
     def describe(self) -> str:
         """The type and the instructions of one term."""
-        packed = "half2, two terms each" if self.dtype == "float16" else self.dtype
+        packed = {2: "half2, two terms each", 4: "four bytes, a term each"}.get(TERM_TYPE[self.dtype], self.dtype)
         per_term = "subtract, add |.|" if self.op == "forward" else "subtract, saturating fma, fma"
+        per_term = "sum of absolute differences" if TERM_TYPE[self.dtype] == 4 else per_term
         return f"{packed}: {per_term}; operands in registers"

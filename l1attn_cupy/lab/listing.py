@@ -30,7 +30,7 @@ def show(out: Console, ops: Sequence[str], dtype: str | None, shape: Shape | Non
         out.print(made)
         out.print(below)
         if shape:
-            for kind in [dtype] if dtype else registry.DTYPES.values():
+            for kind in [dtype] if dtype else registry.dtypes_of(op).values():
                 out.print(Text(f"  {why(op, kind, shape)}"))
         out.print()
     if missing:

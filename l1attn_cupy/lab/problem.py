@@ -90,11 +90,11 @@ def options(problem: Problem) -> dict[str, Any]:
 
 
 def place(tensor: torch.Tensor, backend: str, problem: Problem) -> torch.Tensor:
-    """The tensor where the backend wants it; if "strided" with NaN between rows, for kernels that see neighbours."""
+    """The tensor where the backend wants it; if "strided" with NaN or 99 between rows, for kernels that look there."""
     tensor = tensor.to("cuda" if backend == "cuda" else "cpu")
     if problem.kind != "strided":
         return tensor
-    room = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
+    room = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan if tensor.is_floating_point() else 99)
     room[..., : tensor.shape[-1]] = tensor
     return room[..., : tensor.shape[-1]]
 

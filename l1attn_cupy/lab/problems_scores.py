@@ -1,4 +1,4 @@
-"""How the lab checks and times `scores_forward` and `scores_backward`."""
+"""How the lab checks and times `scores_forward`, `scores_quantized` and `scores_backward`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def _scores_forward(variant: Variant, dtype: str, backend: str, problem: Problem
     arrays = (place(tensor, backend, problem) for tensor in (query, key))
     result = l1.l1_scores(*arrays, backend=backend, variant=variant.name, **chosen)
     return [Expected(query, key, **chosen).scores(result.cpu(), variant.f16_differences)]
+
+
+def _scores_quantized(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
+    """NaN and infinity do not come to a kernel for bytes."""
+    query, key, _ = _inputs(problem._replace(kind="ties") if problem.kind == "special" else problem, "float32")
+    query, key, quant_scale = l1.quantize_for_l1(query, key, dtype=dtype)  # one scale, as all batch dimensions meet
+    chosen = options(problem)
+    q, k, scales = (place(tensor, backend, problem) for tensor in (query, key, quant_scale))
+    result = l1.l1_scores(q, k, quant_scale=scales, backend=backend, variant=variant.name, **chosen)
+    chosen["scale"] *= quant_scale.item()
+    return [Expected(query.float(), key.float(), **chosen).scores(result.cpu())]
 
 
 def _scores_backward(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
@@ -57,6 +68,12 @@ def _prepare_forward(name: str, dtype: str, shape: Sequence[int]) -> Callable[[]
     return lambda: l1.l1_scores(query, key, variant=name)
 
 
+def _prepare_quantized(name: str, dtype: str, shape: Sequence[int]) -> Callable[[], Any]:
+    query, key, _ = _on_gpu("float32", shape)
+    query, key, quant_scale = l1.quantize_for_l1(query, key, dtype=dtype)
+    return lambda: l1.l1_scores(query, key, quant_scale=quant_scale, variant=name)
+
+
 def _prepare_backward(name: str, dtype: str, shape: Sequence[int]) -> Callable[[], Any]:
     query, key, grad = _on_gpu(dtype, shape)
     saved = l1.l1_scores(query, key)
@@ -67,6 +84,12 @@ def _numbers_forward(shape: Sequence[int]) -> int:
     """Query, key, scores."""
     batch, length_q, length_k, channels = shape
     return batch * (channels * (length_q + length_k) + length_q * length_k)
+
+
+def _numbers_quantized(shape: Sequence[int]) -> int:
+    """The same, a score being as large as four of query and key."""
+    batch, length_q, length_k, channels = shape
+    return batch * (channels * (length_q + length_k) + 4 * length_q * length_k)
 
 
 def _numbers_backward(shape: Sequence[int]) -> int:
@@ -82,5 +105,6 @@ def _on_gpu(dtype: str, shape: Sequence[int]) -> list[torch.Tensor]:
 
 OPS = {
     "scores_forward": Op(_scores_forward, _prepare_forward, _numbers_forward, 1, "forward", bench="forward"),
+    "scores_quantized": Op(_scores_quantized, _prepare_quantized, _numbers_quantized, 1, "forward", bench="forward"),
     "scores_backward": Op(_scores_backward, _prepare_backward, _numbers_backward, 2, "backward", 1, "backward"),
 }

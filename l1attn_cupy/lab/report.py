@@ -168,7 +168,7 @@ def _roofs(op: str, dtype: str, arch: str, bench: dict[str, Any]) -> Roofs:
         if (limit["op"], limit["dtype"]) == (problems.OPS[op].limit, dtype):
             source = f"arithmetic measured on {bench['device']}, memory from the data sheet of {chip.name}"
             return Roofs(limit["median"] * 1e9, chip.bandwidth, source)
-    lanes = chip.lanes64 if dtype == "float64" else chip.lanes
+    lanes = {"float64": chip.lanes64, "int8": chip.lanes / 2, "uint8": chip.lanes / 2}.get(dtype, chip.lanes)
     terms = chip.multiprocessors * lanes * chip.clock / _budget(op, dtype)
     return Roofs(terms, chip.bandwidth, f"from the data sheet of {chip.name}")
 

@@ -15,7 +15,7 @@ from ..cuda.registry import Variant
 from .costs import Costs
 
 _SHORT_LIMIT = {"registers": "regs", "shared memory": "smem"}
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int8": "i8", "uint8": "u8"}
 
 
 def console(stderr: bool = False) -> Console:

@@ -117,6 +117,11 @@ def write(model: Writer, prompt: str, characters: int, generator: torch.Generato
 
 
 def train(setting: Setting, report: Report) -> Result:
+    """What training one model leaves behind."""
+    return train_model(setting, report)[1]
+
+
+def train_model(setting: Setting, report: Report) -> tuple[Writer, Result]:
     """Train one model; `setting.seed` alone decides its initial numbers, the batches and the sample."""
     torch.manual_seed(setting.seed)
     text, held_out = split(load_text())
@@ -142,4 +147,4 @@ def train(setting: Setting, report: Report) -> Result:
         report(step, f"bits {loss.item() / math.log(2):.3f}{held}")
     result.sample = write(model, "The ", setting.sample, order)
     result.seconds = time.perf_counter() - start
-    return result
+    return model, result

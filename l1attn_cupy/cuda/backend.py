@@ -81,7 +81,9 @@ def _run(device: int, stream: Any, launch: Launch, given: Mapping[str, Any], wri
     arguments = launch.arguments(addresses)
     # CuPy passes a NumPy array by value: the bytes of the struct.
     packed = np.frombuffer(arguments, _bytes(len(arguments)))
-    compiler.kernel(launch, device)((launch.grid,), (launch.threads,), (packed,), shared_mem=launch.shared, stream=stream)
+    compiler.kernel(launch, device)(
+        (launch.grid,), (launch.threads,), (packed,), shared_mem=launch.shared, stream=stream
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -108,7 +108,7 @@ def compile_native(variant: Variant, dtype: str, arch: str = "90") -> Resources:
 
 
 def assemble(ptx: str, arch: str = "90", shared: int = 0) -> tuple[bytes, Resources]:
-    """The cubin that ptxas makes of ``ptx``, and what it reports; ``shared`` is what a launch adds (`Variant.shared`)."""
+    """The cubin that ptxas makes of ``ptx``, and what it reports; ``shared`` as in `Variant.shared`."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)

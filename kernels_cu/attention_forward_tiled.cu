@@ -19,7 +19,7 @@
 // multiprocessors.
 //
 // @variant  op=attention_forward dtypes=f32 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2,4 SHARED=51712 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
-// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2,4 SHARED=60416 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
+// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=2,4 SHARED=60928 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
 // @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2,4 SHARED=47616 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
 // @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2,4 SHARED=52224 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
 // @variant  op=attention_forward dtypes=f64 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=8 BLOCK_V=32 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=1 SHARED=29952 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20
@@ -97,16 +97,12 @@ struct Outputs {
         const int lane = threadIdx.x % 32, g = lane / ACROSS, t = lane % ACROSS;
 #if DTYPE == F32
         // Of products of two numbers of two parts each, all but the smallest of the four. Tensor cores round sums down, so
-        // they add up only a few.
+        // they add up the three, and no more.
 #pragma unroll
         for (int c = 0; c < OWN_V; c += GROUP_V) {
-#if !defined(L1ATTN_EMULATOR) && TILE_K > 32  // rounded again for each c: there are not the registers to keep it
-#pragma unroll
-            for (int n = 0; n < OWN_Q * OWN_K; ++n) asm volatile("" : "+f"(weights[n / OWN_K][n % OWN_K]));
-#endif
-            acc_t some[OWN_Q][GROUP_V] = {};
 #pragma unroll
             for (int j = 0; j < TILE_V / ACROSS; j += 2) {  // keys j and j + 1 of each thread
+                acc_t some[OWN_Q][GROUP_V] = {};
                 unsigned high[OWN_Q / 2][4], low[OWN_Q / 2][4];
 #pragma unroll
                 for (int n = 0; n < 4 * (OWN_Q / 2); ++n) {
@@ -127,9 +123,9 @@ struct Outputs {
                         multiply_add(up[0], up[STEP], down[0], down[STEP], high[n], b0.high, b1.high);
                     }
                 }
-            }
 #pragma unroll
-            for (int n = 0; n < OWN_Q * GROUP_V; ++n) sum[n / GROUP_V][c + n % GROUP_V] += some[n / GROUP_V][n % GROUP_V];
+                for (int n = 0; n < OWN_Q * GROUP_V; ++n) sum[n / GROUP_V][c + n % GROUP_V] += some[n / GROUP_V][n % GROUP_V];
+            }
         }
 #else
 #pragma unroll

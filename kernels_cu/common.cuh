@@ -551,6 +551,14 @@ __device__ __forceinline__ void wait_async() {
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------
 
+#ifdef L1ATTN_EMULATOR
+// What they make of the exact sum of their products: they round down.
+inline float rounded_down(double sum) {
+    const float x = (float)sum;
+    return x - x == 0 && fabs((double)x) > fabs(sum) ? __uint_as_float(__float_as_uint(x) - 1) : x;
+}
+#endif
+
 #if (DTYPE == F16 || DTYPE == BF16) && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
 #define TENSOR_CORES 1
 
@@ -591,7 +599,7 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
     Part *warp = parts + (threadIdx.x - lane);
     warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
     __syncwarp();
-    float *const c[4] = {&c0, &c1, &c2, &c3};
+    double sum[4] = {c0, c1, c2, c3};
     for (int from = 0; from < 4; ++from) {
         const Part rows = warp[g * 4 + from];
         for (int column = 0; column < 2; ++column) {
@@ -599,11 +607,12 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
             for (int n = 0; n < 8; ++n) {  // n / 4: row g or g + 8; n % 4: which of the four numbers of b
                 const scalar_t *x = (const scalar_t *)&rows.at[n / 4 + n % 4 / 2 * 2] + n % 2;
                 const scalar_t *y = (const scalar_t *)&b.at[4 + n % 4 / 2] + n % 2;
-                *c[n / 4 * 2 + column] += to_acc(*x) * to_acc(*y);
+                sum[n / 4 * 2 + column] += (double)to_acc(*x) * to_acc(*y);
             }
         }
     }
     __syncwarp();
+    c0 = rounded_down(sum[0]), c1 = rounded_down(sum[1]), c2 = rounded_down(sum[2]), c3 = rounded_down(sum[3]);
 #endif
 }
 __device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -618,14 +627,6 @@ struct Rounded {
 
     __device__ __forceinline__ explicit Rounded(float x)
         : high((__float_as_uint(x) + 0x1000) & 0xffffe000), low(__float_as_uint(x - __uint_as_float(high))) {}
-};
-
-// The same with its first 11 bits not rounded, in one instruction less.
-struct Cut {
-    unsigned high, low;
-
-    __device__ __forceinline__ explicit Cut(float x)
-        : high(__float_as_uint(x)), low(__float_as_uint(x - __uint_as_float(high & 0xffffe000))) {}
 };
 
 // c += a @ b for matrices of 16 x 8 and 8 x 8 numbers, spread over a warp. With g = lane / 4 and t = lane % 4, a lane has
@@ -647,7 +648,7 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
     Part *warp = parts + (threadIdx.x - lane);
     warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
     __syncwarp();
-    float *const c[4] = {&c0, &c1, &c2, &c3};
+    double sum[4] = {c0, c1, c2, c3};
     for (int from = 0; from < 4; ++from) {
         const Part rows = warp[g * 4 + from];
         for (int column = 0; column < 2; ++column) {
@@ -655,11 +656,12 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
             for (int n = 0; n < 4; ++n) {  // n / 2: row g or g + 8; n % 2: row t or t + 4 of b
                 const float x = __uint_as_float(rows.at[n / 2 + n % 2 * 2] & 0xffffe000);
                 const float y = __uint_as_float(b.at[4 + n % 2] & 0xffffe000);
-                *c[n / 2 * 2 + column] += x * y;
+                sum[n / 2 * 2 + column] += (double)x * y;
             }
         }
     }
     __syncwarp();
+    c0 = rounded_down(sum[0]), c1 = rounded_down(sum[1]), c2 = rounded_down(sum[2]), c3 = rounded_down(sum[3]);
 #endif
 }
 
@@ -694,18 +696,20 @@ __device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned
     Part *warp = parts + (threadIdx.x - lane);
     warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
     __syncwarp();
+    double sum[4] = {c[0], c[1], c[2], c[3]};
     for (int from = 0; from < 4; ++from) {
         const Part rows = warp[g * 4 + from];
         for (int column = 0; column < 2; ++column) {
             const Part b = warp[(2 * t + column) * 4 + from];
             for (int n = 0; n < 4; ++n) {  // n / 2: row g or g + 8; n % 2: which pair of b
                 const unsigned x = rows.at[n / 2 + n % 2 * 2], y = b.at[4 + n % 2];
-                c[n / 2 * 2 + column] += first_of_pair(x) * first_of_pair(y);
-                c[n / 2 * 2 + column] += second_of_pair(x) * second_of_pair(y);
+                sum[n / 2 * 2 + column] += (double)first_of_pair(x) * first_of_pair(y);
+                sum[n / 2 * 2 + column] += (double)second_of_pair(x) * second_of_pair(y);
             }
         }
     }
     __syncwarp();
+    for (int n = 0; n < 4; ++n) c[n] = rounded_down(sum[n]);
 #endif
 }
 #else

@@ -116,8 +116,8 @@ def check_quant_scale(quant_scale: ArraySpec, query: ArraySpec, batch: Shape) ->
         raise TypeError(f"quant_scale must have dtype float32, got {quant_scale.dtype}")
     shape = quant_scale.shape
     missing = len(batch) - (len(shape) - 2)
-    own = (1,) * missing + shape[:-2]
-    fits = missing >= 0 and all(n in (1, wanted) for n, wanted in zip(own, batch, strict=True))
+    fits = len(shape) >= 2 and missing >= 0
+    fits = fits and all(n in (1, wanted) for n, wanted in zip(shape[:-2], batch[missing:], strict=True))
     if shape[-2:] != (1, 1) or not fits:
         raise ValueError(f"quant_scale must broadcast to the shape {(*batch, 1, 1)}, with 1, 1 at its end, got {shape}")
 

@@ -126,7 +126,8 @@ def _range(query: Any, key: Any) -> tuple[Any, Any]:
         lowest, highest = library.minimum(lowest, low), library.maximum(highest, high)
     scale = library.amax((highest - lowest) / STEPS, axis=-1, keepdims=True)
     scale = library.clip(scale, SMALLEST, None)
-    scale = arrays.converted(arrays.converted(scale + 0 * scale, "float32"), _precision(query))  # infinity becomes NaN
+    scale = arrays.converted(scale, "float32")
+    scale = arrays.converted(scale + 0 * scale, _precision(query))  # infinity becomes NaN
     return lowest, scale
 
 

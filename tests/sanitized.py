@@ -26,6 +26,8 @@ def main() -> None:
                 l1.l1_scores(query, key, variant=variant.name)
             elif variant.op == "scores_backward":
                 l1.l1_scores_backward(grad, query, key, variant=variant.name)
+            elif variant.op == "scores_quantized":
+                l1.l1_scores(query, key, quant_scale=cupy.ones((1, 1), "float32"), variant=variant.name)
             elif variant.op == "scores_jvp":
                 call = plan.scores(
                     arrays.describe(query), arrays.describe(key), "inverse", 1.0, 1e-3, None, variant.name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+import mmap
 import os
 import pickle
 import sys
@@ -196,3 +198,44 @@ def test_pages_at_exit():
     )
     done = child.start(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_pages_emptied_while_others_borrow():
+    """Whoever empties the pool waits for nobody, and nobody is disturbed by it."""
+    switch, unraisable = sys.getswitchinterval(), []
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable.append
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            jobs = [threads.submit(lambda: [pages.borrow(n * MIB).fill(0) for n in (4, 6) * 200]) for _ in range(3)]
+            while not all(job.done() for job in jobs):
+                l1.free_all_blocks()
+            for job in jobs:
+                job.result()
+    finally:
+        sys.setswitchinterval(switch)
+        sys.unraisablehook = hook
+    assert not unraisable
+
+
+@pytest.mark.parametrize("refused", ["advice", "memory"])
+def test_pages_of_a_system_that_has_none(refused, monkeypatch):
+    """Without huge pages, without pages to be taken back, or without memory there is no pool, but a result."""
+
+    class Mapping(mmap.mmap):
+        def __new__(cls, *args, **options):
+            if refused == "memory":
+                raise OSError(errno.ENOMEM, "no memory")
+            return super().__new__(cls, *args, **options)
+
+        def madvise(self, *advice):
+            raise OSError(errno.EINVAL, "no such advice")
+
+    query = rows()
+    expected = scores_of(query)
+    l1.free_all_blocks()
+    monkeypatch.setattr(pages.mmap, "mmap", Mapping)
+    result = scores_of(query)
+    assert_identical(result, expected)
+    del result
+    assert pages.kept() == 0

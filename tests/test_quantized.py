@@ -174,6 +174,15 @@ def test_quantize_nan_and_infinity(special, library):
         assert not result[[0, 2]].any()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_quantize_wider_than_float32(library):
+    """The scale is a float32 number; one that would be infinite is NaN."""
+    query = np.array([[1e300, -1e300]])
+    query = query if library == "numpy" else torch.from_numpy(query)
+    assert np.isnan(np.asarray(l1.quantize_for_l1(query, -query)[2])).all()
+
+
 @pytest.mark.parametrize("of", ["float32", "float64"])
 def test_quantize_of_no_width(of):
     """Equal numbers, and numbers that differ by less than a float32 can say, are a distance of 0."""
@@ -216,6 +225,13 @@ WRONG = {
         ValueError,
         r"quant_scale must broadcast to the shape \(2, 1, 1\), with 1, 1 at its end, got \(2, 1\)",
     ),
+    "scale without dimensions": (
+        (B, B),
+        {"quant_scale": np.ones((), np.float32)},
+        ValueError,
+        r"quant_scale must broadcast to the shape \(2, 1, 1\), .* got \(\)",
+    ),
+    "scale of one dimension": ((B, B), {"quant_scale": S[0, 0]}, ValueError, r"shape \(2, 1, 1\), .* got \(1,\)"),
     "scale's batch": ((B[0], B[0]), {"quant_scale": S}, ValueError, r"shape \(1, 1\), .* got \(2, 1, 1\)"),
     "scale of rows": ((B, B), {"quant_scale": X[:, :, :1]}, ValueError, r"shape \(2, 1, 1\), .* got \(2, 3, 1\)"),
     "scale's library": (

@@ -12,6 +12,7 @@ for its lock: who does not get it does without the pool.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -39,7 +40,8 @@ class _Memory:
     def __init__(self, size: int):
         self.size = size
         self.mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.mapping.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a system without huge pages
+            self.mapping.madvise(mmap.MADV_HUGEPAGE)
         start = np.frombuffer(self.mapping, np.uint8).__array_interface__["data"][0]
         self.address = -(-start // _HUGE_PAGE) * _HUGE_PAGE
 
@@ -53,31 +55,43 @@ class _Pool:
     def reset(self) -> None:
         """Forget everything. In a forked child these are copies of its parent's pages, and its lock may be taken."""
         self.lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all memory. A thread that is at work here keeps the list that it began with, and drops it with that."""
         self.kept: list[_Memory] = []
 
-    def take(self, size: int) -> _Memory:
-        """Memory of this size: what was given last, or new."""
+    def take(self, size: int) -> _Memory | None:
+        """Memory of this size: what was given last, or new; None if the system has none."""
+        kept = self.kept
         if self.lock.acquire(blocking=False):
             try:
-                for i in reversed(range(len(self.kept))):
-                    if self.kept[i].size == size:
-                        return self.kept.pop(i)
+                for i in reversed(range(len(kept))):
+                    if kept[i].size == size:
+                        return kept.pop(i)
             finally:
                 self.lock.release()
-        return _Memory(size)
+        try:
+            return _Memory(size)
+        except OSError:
+            return None
 
     def give(self, memory: _Memory) -> None:
         """Keep memory, and drop what was given first if that is too much."""
         most = limit()
         if memory.size > most:
             return
-        memory.mapping.madvise(mmap.MADV_FREE)
+        try:
+            memory.mapping.madvise(mmap.MADV_FREE)
+        except OSError:  # a system that cannot: it gets the pages back
+            return
         dropped = []  # they end when the lock is free again
+        kept = self.kept
         if self.lock.acquire(blocking=False):
             try:
-                self.kept.append(memory)
-                while sum(one.size for one in self.kept) > most:
-                    dropped.append(self.kept.pop(0))
+                kept.append(memory)
+                while sum(one.size for one in kept) > most:
+                    dropped.append(kept.pop(0))
             finally:
                 self.lock.release()
 
@@ -123,7 +137,8 @@ def borrow(nbytes: int) -> np.ndarray | None:
     if nbytes < _LARGE or limit() == 0:
         return None
     size = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
-    return np.asarray(_Loan(_pool.take(size), nbytes))
+    memory = _pool.take(size)
+    return None if memory is None else np.asarray(_Loan(memory, nbytes))
 
 
 def free_all_blocks() -> None:
@@ -133,4 +148,4 @@ def free_all_blocks() -> None:
     that are no longer in use, of which at most 256 MiB are kept, or what the environment variable ``L1ATTN_POOL_MIB``
     says; with 0 there is no pool. See ``cupy.get_default_memory_pool().free_all_blocks()`` for results on a GPU.
     """
-    _pool.reset()
+    _pool.clear()

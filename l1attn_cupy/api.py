@@ -37,6 +37,7 @@ def l1_scores(
         The epsilon of "inverse", in units of the scaled distance; positive.
     quant_scale : array, broadcastable to (..., 1, 1), optional
         float32; for int8 and uint8 only: what the distance is multiplied by before ``scale``, a number for each matrix.
+        It is to be positive; no one looks.
     backend : str, optional
         "cpu", "cuda" or "emulator"; by default what the arrays' device calls for.
     variant : str, optional

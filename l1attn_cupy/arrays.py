@@ -69,7 +69,11 @@ def accept(name: str, array: Any) -> Any:
         return array
     if not all(hasattr(array, attribute) for attribute in ("__dlpack__", "__dlpack_device__", "shape", "dtype")):
         kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-        advice = "; inside jax.jit, jax.grad or jax.vmap call it through jax.pure_callback" if _is_traced(array) else ""
+        advice = (
+            "; inside jax.jit, jax.grad or jax.vmap call it through jax.pure_callback"
+            if _is_traced_by_jax(array)
+            else ""
+        )
         raise TypeError(
             f"{name} must be a NumPy or CuPy array, a torch tensor or another array that speaks DLPack, "
             f"got {kind}{advice}"
@@ -77,7 +81,7 @@ def accept(name: str, array: Any) -> Any:
     return _accept_dlpack(name, array)
 
 
-def _is_traced(array: Any) -> bool:
+def _is_traced_by_jax(array: Any) -> bool:
     """Whether ``array`` is what JAX puts in place of an array while it traces a function: there are no numbers yet."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(array, jax.core.Tracer)

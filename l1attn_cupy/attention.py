@@ -47,14 +47,14 @@ def l1_attention(
     is_causal : bool
         Query i attends to keys j <= i: aligned at the upper left, as in PyTorch, also where L differs from S.
     scale, score, eps, backend, variant
-        As in `l1_scores`. On "cuda" and "emulator" the only variant so far is a plain baseline, "gather".
+        As in `l1_scores`.
     enable_gqa : bool
         Heads of query may be a multiple of those of key and value; Hq / Hk neighbours share one. Nothing is copied.
     window : (int, int), optional
         Query i attends to keys from i - left to i + right; -1 is no limit. Combines with the masks above.
     quant_scale : array, broadcastable to (..., Hk, 1, 1), optional
         float32; for int8 and uint8 only: what distances are multiplied by before ``scale``, a number for each matrix of
-        keys.
+        keys. It is to be positive; no one looks.
     return_lse : bool
         Also return the log-sum-exp of each query's masked scores.
 

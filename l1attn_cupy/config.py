@@ -77,7 +77,7 @@ def _packages() -> list[str]:
 def _cpu() -> list[str]:
     import numba
 
-    from .cpu import jit, pages, threads, vector
+    from .cpu import jit, threads, vector
 
     torch = sys.modules.get("torch")
     folders = jit.cache_folders()
@@ -86,9 +86,18 @@ def _cpu() -> list[str]:
         f"threads: {numba.get_num_threads()} for NumPy arrays"
         + (f", {torch.get_num_threads()} for torch tensors" if torch else " (torch is not imported)"),
         f"threading layer: {threads.layer()}",
-        f"memory kept for large results: {pages.kept() >> 20} MiB of at most {pages.limit() >> 20} (L1ATTN_POOL_MIB)",
+        f"memory kept for large results: {_pool()}",
         *(f"kernel cache: {folder} ({_writable(folder, 'NUMBA_CACHE_DIR')})" for folder in folders),
     ]
+
+
+def _pool() -> str:
+    from .cpu import pages
+
+    try:
+        return f"{pages.kept() >> 20} MiB of at most {pages.limit() >> 20} (L1ATTN_POOL_MIB)"
+    except ValueError as error:
+        return str(error)
 
 
 def _cuda() -> list[str]:

@@ -168,10 +168,8 @@ def error_table(samples: dict[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any
 def drawn() -> dict[str, tuple[Tensor, Tensor]]:
     """Numbers of known distributions, 4 heads of length 512 and 64 channels."""
     torch.manual_seed(0)
-    shape, kinds = (
-        (4, 512, 64),
-        {"normal": torch.distributions.Normal(0.0, 1.0), "Student t, 3 dof": torch.distributions.StudentT(3.0)},
-    )
+    shape = (4, 512, 64)
+    kinds = {"normal": torch.distributions.Normal(0.0, 1.0), "Student t, 3 dof": torch.distributions.StudentT(3.0)}
     found = {name: (kind.sample(shape), kind.sample(shape)) for name, kind in kinds.items()}
     spread = torch.randn(64).exp()
     found["normal, channels of widths e^N(0,1)"] = tuple(spread * x for x in found["normal"])  # type: ignore[assignment]

@@ -318,8 +318,11 @@ def test_bench_tables_have_all_parts(tmp_path):
 
 BAD = {
     "no JSON": ("{", "must be JSON"),
-    "a list": ([1], 'must have "device" and "versions"'),
-    "no device": ({key: SMALL[key] for key in SMALL if key != "device"}, 'must have "device" and "versions"'),
+    "a list": ([1], 'must have "device", a string'),
+    "no device": ({key: SMALL[key] for key in SMALL if key != "device"}, 'must have "device", a string'),
+    "versions that are a list": (SMALL | {"versions": []}, 'must have "versions", an object'),
+    "attention that is none": (SMALL | {"attention": None}, '"attention" must be an object, got NoneType'),
+    "attention without time": (SMALL | {"attention": {"contest": [{"op": "a", "peer": "b"}]}}, "lacks ms"),
     "rows that are none": (SMALL | {"rows": 3}, '"rows" must be a list, got int'),
     "a row without its rate": (
         SMALL | {"rows": [{"shape": [1] * 4, "dtype": "x", "op": "y", "peer": "z"}]},

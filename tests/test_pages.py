@@ -239,3 +239,24 @@ def test_pages_of_a_system_that_has_none(refused, monkeypatch):
     assert_identical(result, expected)
     del result
     assert pages.kept() == 0
+
+
+def test_pages_kept_are_dropped_where_none_may_be(monkeypatch):
+    kept, other = scores_of(rows()), scores_of(rows(seed=1))
+    del kept
+    assert pages.kept() > 0
+    monkeypatch.setenv("L1ATTN_POOL_MIB", "0")
+    del other
+    assert pages.kept() == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_pages_bad_limit_is_told_of_once(monkeypatch, capsys):
+    """By the next large result, and in a report of a bug; not by each result that dies."""
+    result = scores_of(rows())
+    monkeypatch.setenv("L1ATTN_POOL_MIB", "much")
+    del result
+    l1.show_config()
+    assert "memory kept for large results: L1ATTN_POOL_MIB must be a number of MiB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="L1ATTN_POOL_MIB must be a number of MiB, at least 0, got 'much'"):
+        scores_of(rows())

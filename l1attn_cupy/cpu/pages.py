@@ -78,7 +78,12 @@ class _Pool:
 
     def give(self, memory: _Memory) -> None:
         """Keep memory, and drop what was given first if that is too much."""
-        most = limit()
+        try:
+            most = limit()
+        except ValueError:  # told of by the next call; here nobody would hear it
+            return
+        if most == 0:
+            self.clear()
         if memory.size > most:
             return
         try:

@@ -44,7 +44,8 @@ def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -
     addresses = {name: arrays.address(array) for operands in (given, written) for name, array in operands.items()}
     memory = [_region(name, array, name in written) for name, array in {**given, **written}.items()]
     limit = float(os.environ.get("L1ATTN_EMULATOR_TIME_LIMIT", "600"))
-    kernel = _kernel(launch.source, launch.variant.op, launch.defines)
+    checked = os.environ.get("L1ATTN_EMULATOR_CHECK", "1") != "0"
+    kernel = _kernel(launch.source, launch.variant.op, launch.defines, checked)
     arguments = bytes(launch.arguments(addresses))
     kernel.launch(
         launch.grid,
@@ -58,8 +59,8 @@ def _run(launch: Launch, given: Mapping[str, Any], written: Mapping[str, Any]) -
 
 
 @functools.lru_cache(maxsize=512)
-def _kernel(text: str, entry: str, defines: tuple[tuple[str, int], ...]) -> EmulatedKernel:
-    return compile_kernel(text, name=entry, defines=dict(defines), entry=entry)
+def _kernel(text: str, entry: str, defines: tuple[tuple[str, int], ...], checked: bool) -> EmulatedKernel:
+    return compile_kernel(text, name=entry, defines=dict(defines), entry=entry, check=checked)
 
 
 def _region(name: str, array: Any, written: bool) -> Region:

@@ -94,7 +94,8 @@ def draw_roofline(found: dict[str, Any], output: Path) -> None:
     """A panel for each pass: points of ours under what arithmetic and memory allow."""
     shown = {op: made for op in ("forward", "backward") if (made := points(found, op))}
     roofs = {
-        op: [r for r in found["limits"] if r["op"] == op and r["dtype"] in {p.dtype for p in shown[op]}] for op in shown
+        op: [r for r in found["limits"] if r["median"] and r["op"] == op and r["dtype"] in {p.dtype for p in shown[op]}]
+        for op in shown
     }
     copied, places = bandwidth(found), [p.intensity for made in shown.values() for p in made]
     ridges = [roof["median"] / copied for every in roofs.values() for roof in every] if copied else []

@@ -9,7 +9,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
-LISTS = {"rows": ("shape", "dtype", "op", "peer", "median"), "limits": ("op", "dtype", "median")}
+_FIGURES = ("median", "milliseconds", "share_by_core_time", "share_of_limit", "ours_is_faster_by")
+LISTS = {"rows": ("shape", "dtype", "op", "peer", *_FIGURES), "limits": ("op", "dtype", "median")}
+CONTEST = ("op", "peer", "ms")
 GROWTH = ("peer", "kind", "length", "heads", "ms", "beyond_mib")
 
 
@@ -39,14 +41,17 @@ def load(file: Path) -> dict[str, Any]:
         ) from error
     if isinstance(found, dict):
         found = found.get("bench", found)
-    if not isinstance(found, dict) or not isinstance(found.get("device"), str) or "versions" not in found:
-        raise BadFile(f'{file} must have "device" and "versions", as scripts/bench.py --json writes them')
+    if not isinstance(found, dict) or not isinstance(found.get("device"), str):
+        raise BadFile(f'{file} must have "device", a string, as scripts/bench.py --json writes it')
+    if not isinstance(found.get("versions"), dict):
+        raise BadFile(f'{file} must have "versions", an object, as scripts/bench.py --json writes it')
     for name, keys in LISTS.items():
         _check(file, name, found.get(name, []), keys)
-    growth = found.get("growth", {"records": []})
-    if not isinstance(growth, dict):
-        raise BadFile(f'{file}: "growth" must be an object, got {type(growth).__name__}')
-    _check(file, "growth.records", growth.get("records"), GROWTH)
+    for name, records, keys in (("growth", "records", GROWTH), ("attention", "contest", CONTEST)):
+        part = found.get(name, {records: []})
+        if not isinstance(part, dict):
+            raise BadFile(f'{file}: "{name}" must be an object, got {type(part).__name__}')
+        _check(file, f"{name}.{records}", part.get(records), keys)
     return found
 
 

@@ -30,7 +30,7 @@ class Gpus:
         self.current = before
 
     def kernel(self, launch, device):
-        def run(grid, block, args, stream):
+        def run(grid, block, args, shared_mem, stream):
             self.launches.append((device, self.current, stream, grid, args[0].tobytes()))
 
         return run

@@ -355,7 +355,7 @@ def test_demo_scripts_errors(script, arguments, message, capsys):
 
 
 def test_demo_pictures_of_the_readme_exist():
-    """Small enough for a repository, and each beside a command that makes it; those of the benchmark have one for all."""
+    """Small enough for a repository, and each beside a command that makes it: those of the benchmark have one."""
     if not (ROOT / "docs").exists():
         pytest.skip("an installed package has no pictures")
     readme = (ROOT / "README.md").read_text()

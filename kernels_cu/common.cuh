@@ -557,6 +557,32 @@ inline float rounded_down(double sum) {
     const float x = (float)sum;
     return x - x == 0 && fabs((double)x) > fabs(sum) ? __uint_as_float(__float_as_uint(x) - 1) : x;
 }
+
+// A product of matrices that are spread over a warp as below. `multiply` is what a word of a and one of b, a number or two
+// each, come to.
+inline void multiply_add_words(float *const (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                               double (*multiply)(unsigned, unsigned)) {
+    struct alignas(8) Part {
+        unsigned at[6];
+    };
+    __shared__ Part parts[THREADS];
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    Part *warp = parts + (threadIdx.x - lane);
+    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
+    __syncwarp();
+    double sum[4] = {*c[0], *c[1], *c[2], *c[3]};
+    for (int from = 0; from < 4; ++from) {
+        const Part rows = warp[g * 4 + from];
+        for (int column = 0; column < 2; ++column) {
+            const Part b = warp[(2 * t + column) * 4 + from];
+            for (int n = 0; n < 4; ++n) {  // n / 2: row g or g + 8; n % 2: which word of b
+                sum[n / 2 * 2 + column] += multiply(rows.at[n / 2 + n % 2 * 2], b.at[4 + n % 2]);
+            }
+        }
+    }
+    __syncwarp();
+    for (int n = 0; n < 4; ++n) *c[n] = rounded_down(sum[n]);
+}
 #endif
 
 #if (DTYPE == F16 || DTYPE == BF16) && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
@@ -591,28 +617,10 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
         : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-    struct alignas(8) Part {
-        unsigned at[6];
-    };
-    __shared__ Part parts[THREADS];
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    Part *warp = parts + (threadIdx.x - lane);
-    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
-    __syncwarp();
-    double sum[4] = {c0, c1, c2, c3};
-    for (int from = 0; from < 4; ++from) {
-        const Part rows = warp[g * 4 + from];
-        for (int column = 0; column < 2; ++column) {
-            const Part b = warp[(2 * t + column) * 4 + from];
-            for (int n = 0; n < 8; ++n) {  // n / 4: row g or g + 8; n % 4: which of the four numbers of b
-                const scalar_t *x = (const scalar_t *)&rows.at[n / 4 + n % 4 / 2 * 2] + n % 2;
-                const scalar_t *y = (const scalar_t *)&b.at[4 + n % 4 / 2] + n % 2;
-                sum[n / 4 * 2 + column] += (double)to_acc(*x) * to_acc(*y);
-            }
-        }
-    }
-    __syncwarp();
-    c0 = rounded_down(sum[0]), c1 = rounded_down(sum[1]), c2 = rounded_down(sum[2]), c3 = rounded_down(sum[3]);
+    multiply_add_words({&c0, &c1, &c2, &c3}, a, b0, b1, [](unsigned x, unsigned y) {
+        const scalar_t *xs = (const scalar_t *)&x, *ys = (const scalar_t *)&y;
+        return (double)to_acc(xs[0]) * to_acc(ys[0]) + (double)to_acc(xs[1]) * to_acc(ys[1]);
+    });
 #endif
 }
 __device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -640,28 +648,9 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
         : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-    struct alignas(8) Part {
-        unsigned at[6];
-    };
-    __shared__ Part parts[THREADS];
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    Part *warp = parts + (threadIdx.x - lane);
-    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
-    __syncwarp();
-    double sum[4] = {c0, c1, c2, c3};
-    for (int from = 0; from < 4; ++from) {
-        const Part rows = warp[g * 4 + from];
-        for (int column = 0; column < 2; ++column) {
-            const Part b = warp[(2 * t + column) * 4 + from];
-            for (int n = 0; n < 4; ++n) {  // n / 2: row g or g + 8; n % 2: row t or t + 4 of b
-                const float x = __uint_as_float(rows.at[n / 2 + n % 2 * 2] & 0xffffe000);
-                const float y = __uint_as_float(b.at[4 + n % 2] & 0xffffe000);
-                sum[n / 2 * 2 + column] += (double)x * y;
-            }
-        }
-    }
-    __syncwarp();
-    c0 = rounded_down(sum[0]), c1 = rounded_down(sum[1]), c2 = rounded_down(sum[2]), c3 = rounded_down(sum[3]);
+    multiply_add_words({&c0, &c1, &c2, &c3}, a, b0, b1, [](unsigned x, unsigned y) {
+        return (double)__uint_as_float(x & 0xffffe000) * __uint_as_float(y & 0xffffe000);
+    });
 #endif
 }
 
@@ -688,28 +677,9 @@ __device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-    struct alignas(8) Part {
-        unsigned at[6];
-    };
-    __shared__ Part parts[THREADS];
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    Part *warp = parts + (threadIdx.x - lane);
-    warp[lane] = {{a[0], a[1], a[2], a[3], b0, b1}};
-    __syncwarp();
-    double sum[4] = {c[0], c[1], c[2], c[3]};
-    for (int from = 0; from < 4; ++from) {
-        const Part rows = warp[g * 4 + from];
-        for (int column = 0; column < 2; ++column) {
-            const Part b = warp[(2 * t + column) * 4 + from];
-            for (int n = 0; n < 4; ++n) {  // n / 2: row g or g + 8; n % 2: which pair of b
-                const unsigned x = rows.at[n / 2 + n % 2 * 2], y = b.at[4 + n % 2];
-                sum[n / 2 * 2 + column] += (double)first_of_pair(x) * first_of_pair(y);
-                sum[n / 2 * 2 + column] += (double)second_of_pair(x) * second_of_pair(y);
-            }
-        }
-    }
-    __syncwarp();
-    for (int n = 0; n < 4; ++n) c[n] = rounded_down(sum[n]);
+    multiply_add_words({&c[0], &c[1], &c[2], &c[3]}, a, b0, b1, [](unsigned x, unsigned y) {
+        return (double)first_of_pair(x) * first_of_pair(y) + (double)second_of_pair(x) * second_of_pair(y);
+    });
 #endif
 }
 #else

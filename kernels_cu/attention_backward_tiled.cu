@@ -28,7 +28,6 @@ static_assert(ALONG * BELOW == THREADS, "every thread owns ROWS x CHANNELS gradi
 static_assert(ROWS % VEC == 0 && TILE_Y % VEC == 0, "a thread reads rows of x, and of y, 128 bits at a time");
 static_assert(BLOCK_X <= THREADS && TILE_Y <= THREADS, "a thread fetches one query, and adds up the h of one row");
 const int EVEN_SHARE = 8;
-const int SUMMED = 4;  // channels that are summed before they come to a sum: a chain of sums rounds more
 const acc_t WEIGHT_SCALE = DTYPE == F16 ? 32768 : 1;  // of weights for tensor cores: float16 has few small numbers
 
 typedef acc_t XRows[BLOCK_E][BLOCK_X + VEC];    // channels of the rows of x: [e][x]
@@ -127,9 +126,8 @@ __device__ __forceinline__ void read_from(acc_t (&mine)[N], const acc_t *from) {
     }
 }
 
-// sum |x - y| over BLOCK_E channels, for the pairs of a thread: SUMMED at a time, in the order of the forward pass, whose
-// scores these must be to the last bit.
-__device__ __forceinline__ void add_distances(acc_t (&sum)[OWN_X][OWN_Y], const XRows &x, const YRows &y) {
+// sum |x - y| over BLOCK_E channels, for the pairs of a thread.
+__device__ __forceinline__ void sum_distances(acc_t (&sum)[OWN_X][OWN_Y], const XRows &x, const YRows &y) {
     const int thread = this_thread();
 #pragma unroll 2
     for (int e0 = 0; e0 < BLOCK_E; e0 += SUMMED) {
@@ -139,23 +137,7 @@ __device__ __forceinline__ void add_distances(acc_t (&sum)[OWN_X][OWN_Y], const 
             read_from<DOWN>(xs[e], &x[e0 + e][x_place(thread, 0)]);
             read_from<ACROSS>(ys[e], &y[e0 + e][y_place(thread, 0)]);
         }
-#pragma unroll
-        for (int r = 0; r < OWN_X; ++r) {
-#pragma unroll
-            for (int c = 0; c < OWN_Y; ++c) {
-                acc_t d[SUMMED];
-#pragma unroll
-                for (int e = 0; e < SUMMED; ++e) d[e] = xs[e][r] - ys[e][c];
-#pragma unroll
-                for (int step = 1; step < SUMMED; step *= 2) {
-#pragma unroll
-                    for (int e = 0; e < SUMMED; e += 2 * step) {
-                        d[e] = step == 1 ? absolute(d[e]) + absolute(d[e + 1]) : d[e] + d[e + step];
-                    }
-                }
-                sum[r][c] += d[0];
-            }
-        }
+        add_distances(sum, xs, ys);
     }
 }
 
@@ -592,7 +574,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_b
                 if (PRODUCTS_FIRST && n == 0 && of_x) multiply_rows(products, x2_side, x_count, y2_side, y_count, a.channels_v);
                 wait_async();
                 __syncthreads();  // the part is there, and the queries
-                add_distances(scores, tiles.x, y_rows);
+                sum_distances(scores, tiles.x, y_rows);
             }
             __syncthreads();  // all are done with x, whose place others take, and the queries are there
             if (of_x && part + 1 < x_parts) {  // the part of y that signs are taken of; it is there before h is

@@ -28,7 +28,6 @@ const int WARPS = THREADS / 32, DOWN = 8, ACROSS = 4;  // threads of a warp alon
 const int WARP_Q = BLOCK_Q / WARPS, OWN_Q = WARP_Q / DOWN, OWN_K = TILE_K / ACROSS, OWN_V = BLOCK_V / ACROSS;
 const int GROUP_Q = OWN_Q < VEC ? OWN_Q : VEC, GROUP_V = STEP_V / ACROSS;  // neighbours among them
 const int STEP = GROUP_V / 2;  // channels of v whose sums tensor cores form at once
-const int SUMMED = 4;  // channels that are summed before they come to a sum: a chain of sums rounds more
 const acc_t WEIGHT_SCALE = DTYPE == F16 ? 32768 : 1;
 static_assert(THREADS % 32 == 0 && BLOCK_Q % (WARPS * DOWN) == 0, "all threads own as many queries");
 static_assert(OWN_Q % GROUP_Q == 0 && OWN_K % VEC == 0 && OWN_V % GROUP_V == 0, "threads own groups of neighbours");
@@ -52,7 +51,7 @@ __device__ __forceinline__ int query(int r) {
 __device__ __forceinline__ int key(int c, int t) { return c / VEC * VEC * ACROSS + t * VEC + c % VEC; }
 __device__ __forceinline__ int channel(int c, int t) { return c / GROUP_V * GROUP_V * ACROSS + t * GROUP_V + c % GROUP_V; }
 
-// Adds |q - k| over the channels of a chunk, SUMMED at a time.
+// Adds |q - k| over the channels of a chunk.
 __device__ __forceinline__ void sum_distances(Scores &sum, const typename Transposed<BLOCK_Q, BLOCK_E>::Shared &q,
                                               const typename Transposed<TILE_K, BLOCK_E>::Shared &k) {
 #pragma unroll UNROLL
@@ -63,21 +62,7 @@ __device__ __forceinline__ void sum_distances(Scores &sum, const typename Transp
             read<DOWN>(qs[e], q[e0 + e] + threadIdx.x / 32 * WARP_Q, threadIdx.x % 32 / ACROSS);
             read<ACROSS>(ks[e], k[e0 + e], threadIdx.x % ACROSS);
         }
-#pragma unroll
-        for (int r = 0; r < OWN_Q; ++r) {
-#pragma unroll
-            for (int c = 0; c < OWN_K; ++c) {
-                acc_t d[SUMMED];
-#pragma unroll
-                for (int e = 0; e < SUMMED; ++e) d[e] = absolute(qs[e][r] - ks[e][c]);
-#pragma unroll
-                for (int step = 1; step < SUMMED; step *= 2) {
-#pragma unroll
-                    for (int e = 0; e < SUMMED; e += 2 * step) d[e] += d[e + step];
-                }
-                sum[r][c] += d[0];
-            }
-        }
+        add_distances(sum, qs, ks);
     }
 }
 

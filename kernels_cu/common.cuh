@@ -813,6 +813,30 @@ __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int
     }
 }
 
+const int SUMMED = 4;  // channels that are summed before they come to a sum: a chain of sums rounds more
+
+// Adds |x - y| over SUMMED channels, for all pairs. Attention forms its distances here in both passes, as weights are right
+// only if a score is the same in both, to the last bit.
+template <int N, int M>
+__device__ __forceinline__ void add_distances(acc_t (&sum)[N][M], const acc_t (&xs)[SUMMED][N],
+                                              const acc_t (&ys)[SUMMED][M]) {
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+#pragma unroll
+        for (int c = 0; c < M; ++c) {
+            acc_t d[SUMMED];
+#pragma unroll
+            for (int e = 0; e < SUMMED; ++e) d[e] = absolute(xs[e][r] - ys[e][c]);
+#pragma unroll
+            for (int step = 1; step < SUMMED; step *= 2) {
+#pragma unroll
+                for (int e = 0; e < SUMMED; e += 2 * step) d[e] += d[e + step];
+            }
+            sum[r][c] += d[0];
+        }
+    }
+}
+
 // ---- tiles of scores ------------------------------------------------------------------------------------------
 
 // A thread's N x M scores to a tile of `out` with q_count x k_count outputs that exist; WHOLE: nothing to check.

@@ -8,7 +8,8 @@
 // Cost      2*B*L*S*E adds and B*L*S*V multiply-adds, the scores again for every BLOCK_V channels; memory linear in L
 // Delta     nothing is reused between queries: the one to read first
 //
-// One query, or a few, take the time of reading the keys and values, which are read once here too: the default for them.
+// One query, or a few, take the time of reading the keys and values, which are read once here too: the default for them in
+// float64; attention_forward_stream.cu reads faster.
 //
 // @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=64 THREADS=64 SPLIT_BLOCKS=1536 rank=31 max_q=4 max_v=64
 // @variant  op=attention_forward dtypes=f32,f16,bf16,f64 BLOCK_Q=1 BLOCK_K=32 BLOCK_V=128 THREADS=128 SPLIT_BLOCKS=1536 rank=30 max_q=4

@@ -92,7 +92,7 @@ struct Chunk {
     // To h[y][x] and y_rows[y][channel]. Returns whether the fast way will do for it.
     __device__ __forceinline__ bool put(acc_t (*h)[STRIDE], acc_t (*y_rows)[BLOCK_E], bool x_is_row,
                                         const Derivative &f) const {
-        acc_t zero = 0, largest = 0, largest_score = 0;  // the first stays 0 while all numbers are finite
+        acc_t zero = 0, total = 0, largest_score = 0;  // the first stays 0 while all numbers of y are finite
 #pragma unroll
         for (int n = 0; n < Y_MINE; ++n) {
             if (!Y_EVEN && y_row + n * Y_APART >= BLOCK_Y) break;
@@ -111,13 +111,12 @@ struct Chunk {
             for (int i = 0; i < LOAD; ++i) {
                 const acc_t s = f.curved ? to_acc(scores[n].at[i]) : 0;
                 const acc_t value = to_acc(grad[n].at[i]) * f(s);
-                zero = multiply_add(value, 0, zero);
-                largest = max(largest, absolute(value));
+                total += absolute(value);
                 largest_score = max(largest_score, s);
                 h[x_is_row ? h_column + i : r][x_is_row ? r : h_column + i] = value;
             }
         }
-        return zero == 0 && largest < LARGE && !(largest_score > f.nearly_equal);
+        return zero == 0 && total < LARGE && !(largest_score > f.nearly_equal);
     }
 };
 

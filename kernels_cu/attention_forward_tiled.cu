@@ -18,51 +18,60 @@
 // Blocks share the keys of a tile of queries where that makes no more than SPLIT_BLOCKS blocks: two for each of 132
 // multiprocessors.
 //
-// @variant  op=attention_forward dtypes=f32 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2,4 SHARED=51712 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
-// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=2,4 SHARED=60928 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
-// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2,4 SHARED=47616 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
-// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2,4 SHARED=52224 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
-// @variant  op=attention_forward dtypes=f64 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=8 BLOCK_V=32 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=1 SHARED=29952 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20
+// @variant  op=attention_forward dtypes=f32 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2 SHARED=55296 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
+// @variant  op=attention_forward dtypes=f32 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=2 SHARED=63488 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
+// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2 SHARED=51200 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
+// @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2 SHARED=60416 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
+// @variant  op=attention_forward dtypes=f64 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=8 BLOCK_V=32 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=1 SHARED=34816 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20
 
 const int WARPS = THREADS / 32, DOWN = 8, ACROSS = 4;  // threads of a warp along a column and a row of its scores
 const int WARP_Q = BLOCK_Q / WARPS, OWN_Q = WARP_Q / DOWN, OWN_K = TILE_K / ACROSS, OWN_V = BLOCK_V / ACROSS;
-const int GROUP_Q = OWN_Q < VEC ? OWN_Q : VEC, GROUP_V = STEP_V / ACROSS;  // neighbours among them
+const int GROUP_V = STEP_V / ACROSS;  // neighbours among the latter
 const int STEP = GROUP_V / 2;  // channels of v whose sums tensor cores form at once
+#if defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ < 900
+const bool KEYS_FIRST = false;
+#else
+const bool KEYS_FIRST = true;  // takes less registers there
+#endif
 const acc_t WEIGHT_SCALE = DTYPE == F16 ? 32768 : 1;
+const acc_t SLACK = DTYPE == F16 ? 0 : 8;  // weights are exp(SLACK) at most
 static_assert(THREADS % 32 == 0 && BLOCK_Q % (WARPS * DOWN) == 0, "all threads own as many queries");
-static_assert(OWN_Q % GROUP_Q == 0 && OWN_K % VEC == 0 && OWN_V % GROUP_V == 0, "threads own groups of neighbours");
+static_assert(TILE_K % ACROSS == 0 && OWN_V % GROUP_V == 0, "threads own groups of neighbours");
 static_assert(GROUP_V % VEC == 0 && BLOCK_E % SUMMED == 0, "shared memory is read 128 bits at a time");
 static_assert(SPLIT_BLOCKS >= 1, "how far keys are split: see struct Split");
-static_assert(TILE_K % TILE_V == 0 && TILE_V % (ACROSS * VEC) == 0, "a tile is a whole number of parts");
+static_assert(TILE_K % TILE_V == 0 && TILE_V % (ACROSS * 4) == 0, "a tile is a whole number of parts");
+
+typedef Converted<BLOCK_Q, BLOCK_E> Query;
+typedef Converted<TILE_K, BLOCK_E> Key;
+typedef Straight<TILE_V, BLOCK_V, 2 * LOAD> Value;  // four rows of which a warp reads without conflicts
 
 struct Memory {
-    alignas(16) typename Transposed<BLOCK_Q, BLOCK_E>::Shared q_chunks[Q_CHUNKS];
-    alignas(16) typename Transposed<TILE_K, BLOCK_E>::Shared k_chunks[2];
-    alignas(16) typename Straight<TILE_V, BLOCK_V>::Shared values;
+    alignas(16) typename Query::Shared q_chunks[Q_CHUNKS];
+    alignas(16) typename Key::Shared k_chunks[2];
+    alignas(16) typename Value::Shared values;
 };
 static_assert(sizeof(Memory) <= SHARED, "SHARED bytes hold all of it");
 typedef acc_t Scores[OWN_Q][OWN_K];
-typedef Straight<TILE_V, BLOCK_V> Value;
 
 // Which of a tile a thread owns: its r-th query, its c-th key, its c-th channel of v. Keys and channels as thread t of a row.
-__device__ __forceinline__ int query(int r) {
-    return threadIdx.x / 32 * WARP_Q + r / GROUP_Q * GROUP_Q * DOWN + threadIdx.x % 32 / ACROSS * GROUP_Q + r % GROUP_Q;
-}
-__device__ __forceinline__ int key(int c, int t) { return c / VEC * VEC * ACROSS + t * VEC + c % VEC; }
+__device__ __forceinline__ int query(int r) { return threadIdx.x / 32 * WARP_Q + r * DOWN + threadIdx.x % 32 / ACROSS; }
+__device__ __forceinline__ int key(int c, int t) { return c * ACROSS + t; }
 __device__ __forceinline__ int channel(int c, int t) { return c / GROUP_V * GROUP_V * ACROSS + t * GROUP_V + c % GROUP_V; }
 
 // Adds |q - k| over the channels of a chunk.
-__device__ __forceinline__ void sum_distances(Scores &sum, const typename Transposed<BLOCK_Q, BLOCK_E>::Shared &q,
-                                              const typename Transposed<TILE_K, BLOCK_E>::Shared &k) {
+__device__ __forceinline__ void sum_distances(Scores &sum, const typename Query::Shared &q, const typename Key::Shared &k) {
 #pragma unroll UNROLL
     for (int e0 = 0; e0 < BLOCK_E; e0 += SUMMED) {
-        acc_t qs[SUMMED][OWN_Q], ks[SUMMED][OWN_K];
+        acc_t qs[OWN_Q][SUMMED];
 #pragma unroll
-        for (int e = 0; e < SUMMED; ++e) {
-            read<DOWN>(qs[e], q[e0 + e] + threadIdx.x / 32 * WARP_Q, threadIdx.x % 32 / ACROSS);
-            read<ACROSS>(ks[e], k[e0 + e], threadIdx.x % ACROSS);
+        for (int r = 0; r < OWN_Q; ++r) read<1>(qs[r], q[query(r)] + e0, 0);
+#pragma unroll
+        for (int c = 0; c < OWN_K; ++c) {
+            acc_t ks[SUMMED];
+            read<1>(ks, k[key(c, threadIdx.x % ACROSS)] + e0, 0);
+#pragma unroll
+            for (int r = 0; r < OWN_Q; ++r) sum[r][c] += distance(qs[r], ks);
         }
-        add_distances(sum, qs, ks);
     }
 }
 
@@ -81,36 +90,50 @@ struct Outputs {
 #else
         const int lane = threadIdx.x % 32, g = lane / ACROSS, t = lane % ACROSS;
 #if DTYPE == F32
-        // Of products of two numbers of two parts each, all but the smallest of the four. Tensor cores round sums down, so
-        // they add up the three, and no more.
+        // Of products of two numbers of two parts each, all but the smallest of the four. Tensor cores round sums down:
+        // they add up the small products of 16 keys first, so that only the two sums after them are rounded noticeably.
+        const int GROUPS = OWN_V / GROUP_V, FOURS = TILE_V / ACROSS / 4;  // of channels, and of a thread's keys
 #pragma unroll
-        for (int c = 0; c < OWN_V; c += GROUP_V) {
+        for (int n = 0; n < GROUPS * FOURS; ++n) {
+            const int j = (KEYS_FIRST ? n / GROUPS : n % FOURS) * 4;
+            const int c = (KEYS_FIRST ? n % GROUPS : n / FOURS) * GROUP_V;
+            unsigned w_high[2][OWN_Q / 2][4], w_low[2][OWN_Q / 2][4], v_high[2][STEP][2], v_low[2][STEP][2];
 #pragma unroll
-            for (int j = 0; j < TILE_V / ACROSS; j += 2) {  // keys j and j + 1 of each thread
-                acc_t some[OWN_Q][GROUP_V] = {};
-                unsigned high[OWN_Q / 2][4], low[OWN_Q / 2][4];
+            for (int pair = 0; pair < 2; ++pair) {
+                const int first = j + 2 * pair;
 #pragma unroll
                 for (int n = 0; n < 4 * (OWN_Q / 2); ++n) {
-                    const Rounded rounded(weights[n / 4 * 2 + n % 2][part / ACROSS + j + n % 4 / 2]);
-                    high[n / 4][n % 4] = rounded.high, low[n / 4][n % 4] = rounded.low;
+                    const Rounded w(weights[n / 4 * 2 + n % 2][part / ACROSS + first + n % 4 / 2]);
+                    w_high[pair][n / 4][n % 4] = w.high, w_low[pair][n / 4][n % 4] = w.low;
                 }
-                acc_t v[2][STEP];  // of STEP neighbouring channels
-                read<1>(v[0], values[key(j, t)] + c * ACROSS, g);
-                read<1>(v[1], values[key(j + 1, t)] + c * ACROSS, g);
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    acc_t neighbours[STEP];
+                    read<1>(neighbours, values[key(first + n, t)] + c * ACROSS, g);
+#pragma unroll
+                    for (int m = 0; m < STEP; ++m) {
+                        const Rounded v(neighbours[m]);
+                        v_high[pair][m][n] = v.high, v_low[pair][m][n] = v.low;
+                    }
+                }
+            }
+            acc_t some[OWN_Q][GROUP_V] = {};
+#pragma unroll
+            for (int product = 0; product < 6; ++product) {
+                const int pair = product % 2;
+                const auto &w = product < 2 ? w_low[pair] : w_high[pair];
+                const auto &v = product / 2 == 1 ? v_low[pair] : v_high[pair];
 #pragma unroll
                 for (int m = 0; m < STEP; ++m) {
-                    const Rounded b0(v[0][m]), b1(v[1][m]);
 #pragma unroll
                     for (int n = 0; n < OWN_Q / 2; ++n) {
                         acc_t *up = some[2 * n] + m, *down = some[2 * n + 1] + m;
-                        multiply_add(up[0], up[STEP], down[0], down[STEP], low[n], b0.high, b1.high);
-                        multiply_add(up[0], up[STEP], down[0], down[STEP], high[n], b0.low, b1.low);
-                        multiply_add(up[0], up[STEP], down[0], down[STEP], high[n], b0.high, b1.high);
+                        multiply_add(up[0], up[STEP], down[0], down[STEP], w[n], v[m][0], v[m][1]);
                     }
                 }
-#pragma unroll
-                for (int n = 0; n < OWN_Q * GROUP_V; ++n) sum[n / GROUP_V][c + n % GROUP_V] += some[n / GROUP_V][n % GROUP_V];
             }
+#pragma unroll
+            for (int n = 0; n < OWN_Q * GROUP_V; ++n) sum[n / GROUP_V][c + n % GROUP_V] += some[n / GROUP_V][n % GROUP_V];
         }
 #else
 #pragma unroll
@@ -190,7 +213,8 @@ __device__ __forceinline__ void mask_scores(Scores &scores, const Attention &a, 
     }
 }
 
-// A thread's part of the softmax of its queries. `total` is of this thread's keys alone until join().
+// A thread's part of the softmax of its queries. `total` is of this thread's keys alone until join(). `largest` is less than
+// the largest score by SLACK at most: while that holds, sums need not be scaled.
 struct Rows {
     acc_t largest[OWN_Q], total[OWN_Q];
 
@@ -206,7 +230,7 @@ struct Rows {
             for (int c = 1; c < OWN_K; ++c) most = max(most, scores[r][c]);
 #pragma unroll
             for (int step = 1; step < ACROSS; step *= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, step));
-            most = max(most, largest[r]);
+            most = most > largest[r] + SLACK ? most : largest[r];
             const acc_t subtracted = most == -infinity() ? 0 : most;  // no key so far: 0, not NaN
             factors[r] = quick_exponential(largest[r] - subtracted);
             more = more || most != largest[r];
@@ -244,16 +268,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
     const int q_count = min(a.length_q - i0, BLOCK_Q), v_count = min(a.channels_v - c0, BLOCK_V);
     const scalar_t *q = matrix(a.q, a.batch_shape, b) + i0 * a.q.row_stride;  // q[b, i0:i0+BLOCK_Q, :]
     const scalar_t *k = matrix(a.k, a.batch_shape, b), *v = matrix(a.v, a.batch_shape, b) + c0;
-    const bool regular = q_count == BLOCK_Q && a.channels % BLOCK_E == 0 && a.channels > 0 &&
-                         aligned_rows(q, a.q.row_stride) && aligned_rows(k, a.k.row_stride);
 
     extern __shared__ int4 memory[];
     Memory &shared = *(Memory *)memory;
     auto &q_chunks = shared.q_chunks;
     auto &k_chunks = shared.k_chunks;
     auto &values = shared.values;
-    Transposed<BLOCK_Q, BLOCK_E> q_next;
-    Transposed<TILE_K, BLOCK_E> k_next;
+    Query q_next;
+    Key k_next;
     Outputs outputs = {};
     Rows rows;
 #pragma unroll
@@ -266,15 +288,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
     const bool resident = a.channels <= Q_CHUNKS * BLOCK_E;  // all of q is in shared memory
     const auto place = [&](int now, int e0) { return resident ? e0 / BLOCK_E : now; };  // of a chunk of q
     const auto fetch = [&](int now, int j0, int e0) {  // chunk e0 of the tile of keys j0
-        const bool whole = regular && a.length_k - j0 >= TILE_K;
         const scalar_t *q_from = q, *k_from = k;  // what is the same for all tiles would take registers from the sums
         int64 q_stride = a.q.row_stride, k_stride = a.k.row_stride;
         compute_again(q_from, q_stride);
         compute_again(k_from, k_stride);
         if (!resident || j0 == first) {
-            q_next.fetch(q_chunks[place(now, e0)], q_from + e0, q_stride, q_count, a.channels - e0, whole);
+            q_next.fetch(q_chunks[place(now, e0)], q_from + e0, q_stride, q_count, a.channels - e0);
         }
-        k_next.fetch(k_chunks[now], k_from + j0 * k_stride + e0, k_stride, a.length_k - j0, a.channels - e0, whole);
+        k_next.fetch(k_chunks[now], k_from + j0 * k_stride + e0, k_stride, a.length_k - j0, a.channels - e0);
     };
     const auto put = [&](int now, int j0, int e0) {
         if (!resident || j0 == first) q_next.put(q_chunks[place(now, e0)]);

@@ -761,19 +761,21 @@ struct Transposed {
 };
 
 // Rows in shared memory as they are: values[row][column], zeros where there are none. What fetch() copies is there after
-// wait_async() and a barrier.
-template <int Block, int Width>
+// wait_async() and a barrier. The extra Pad numbers of a row spread the rows over the banks.
+template <int Block, int Width, int Pad>
 struct Straight {
-    typedef scalar_t Shared[Block][Width + LOAD];  // the extra LOAD spreads the rows over the banks
-    static const int GROUPS = Width / LOAD, MINE = Block * GROUPS / THREADS;  // 128-bit loads in a row, and of a thread
-    static_assert(Width % LOAD == 0 && Block * GROUPS % THREADS == 0, "all threads load as much");
+    typedef scalar_t Shared[Block][Width + Pad];
+    static const int GROUPS = Width / LOAD, STEP = THREADS / GROUPS;  // 128-bit loads in a row, rows loaded at once
+    static_assert(THREADS % GROUPS == 0 && Block % STEP == 0, "all threads load whole rows together, as many each");
 
     __device__ __forceinline__ static void fetch(Shared &values, const scalar_t *from, int64 stride, int rows, int columns) {
+        int thread = threadIdx.x;
+        compute_again(thread);  // what is the same for all tiles would take registers from the sums
+        const int first = thread / GROUPS, column = thread % GROUPS * LOAD;
         const bool whole = columns >= Width && aligned_rows(from, stride);
+        const scalar_t *mine = from + first * stride + column;
 #pragma unroll
-        for (int n = 0; n < MINE; ++n) {
-            const int place = threadIdx.x + n * THREADS, row = place / GROUPS, column = place % GROUPS * LOAD;
-            const scalar_t *mine = from + row * stride + column;
+        for (int row = first; row < first + Block; row += STEP, mine += STEP * stride) {
             if (whole) {
                 copy_async<Load>(&values[row][column], mine, row < rows);
             } else {
@@ -786,14 +788,59 @@ struct Straight {
     __device__ __forceinline__ static bool finite(const Shared &values) {
         acc_t sum = 0;
 #pragma unroll
-        for (int n = 0; n < MINE; ++n) {
-            const int place = threadIdx.x + n * THREADS;
-            const Load numbers = *(const Load *)&values[place / GROUPS][place % GROUPS * LOAD];
+        for (int n = 0; n < Block; n += STEP) {
+            const Load numbers = *(const Load *)&values[threadIdx.x / GROUPS + n][threadIdx.x % GROUPS * LOAD];
 #pragma unroll
             for (int i = 0; i < LOAD; ++i) sum += absolute(to_acc(numbers.at[i]));
         }
         return sum < LARGE;
     }
+};
+
+// Rows on their way, Width channels at a time, from global to shared memory, where they are acc_t: chunk[row][e]. fetch() may
+// be called while the chunk before is read; what put() stores is there after a barrier.
+template <int Block, int Width>
+struct Converted {
+    typedef acc_t Shared[Block][Width + VEC];  // the extra VEC spreads the rows over the banks
+#if DTYPE == F32 || DTYPE == F64  // past the registers
+    __device__ __forceinline__ void fetch(Shared &chunk, const scalar_t *rows, int64 stride, int count, int channels) {
+        Straight<Block, Width, VEC>::fetch(chunk, rows, stride, count, channels);
+    }
+    __device__ __forceinline__ void put(Shared &) const { wait_async(); }
+#else  // by registers, where they become acc_t
+    static const int GROUPS = Width / LOAD, STEP = THREADS / GROUPS;  // 128-bit loads in a row, rows loaded at once
+    static const int MINE = (Block + STEP - 1) / STEP;
+    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
+    Load numbers[MINE];
+
+    __device__ __forceinline__ void fetch(Shared &, const scalar_t *rows, int64 stride, int count, int channels) {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+        const bool whole = Block % STEP == 0 && count >= Block && channels >= Width && aligned_rows(rows, stride);
+        const scalar_t *from = rows + first * stride + e;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n, from += STEP * stride) {
+            if (whole) {
+                numbers[n] = *(const Load *)from;
+            } else {
+                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
+            }
+        }
+    }
+    __device__ __forceinline__ void put(Shared &chunk) const {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n) {
+            if (Block % STEP != 0 && first + n * STEP >= Block) break;
+#pragma unroll
+            for (int i = 0; i < LOAD; i += VEC) {
+                Vec group;
+#pragma unroll
+                for (int x = 0; x < VEC; ++x) group.at[x] = to_acc(numbers[n].at[i + x]);
+                *(Vec *)&chunk[first + n * STEP][e + i] = group;
+            }
+        }
+    }
+#endif
 };
 
 // A thread's numbers of one channel: groups of VEC neighbours, APART * VEC apart, so that a warp reads without conflicts.
@@ -815,8 +862,21 @@ __device__ __forceinline__ void read(acc_t (&mine)[N], const acc_t *channel, int
 
 const int SUMMED = 4;  // channels that are summed before they come to a sum: a chain of sums rounds more
 
-// Adds |x - y| over SUMMED channels, for all pairs. Attention forms its distances here in both passes, as weights are right
-// only if a score is the same in both, to the last bit.
+// The sum of |x - y| over SUMMED channels. Attention forms its distances here in both passes, as weights are right only if a
+// score is the same in both, to the last bit.
+__device__ __forceinline__ acc_t distance(const acc_t (&x)[SUMMED], const acc_t (&y)[SUMMED]) {
+    acc_t d[SUMMED];
+#pragma unroll
+    for (int e = 0; e < SUMMED; ++e) d[e] = absolute(x[e] - y[e]);
+#pragma unroll
+    for (int step = 1; step < SUMMED; step *= 2) {
+#pragma unroll
+        for (int e = 0; e < SUMMED; e += 2 * step) d[e] += d[e + step];
+    }
+    return d[0];
+}
+
+// Adds that of all pairs of x and y.
 template <int N, int M>
 __device__ __forceinline__ void add_distances(acc_t (&sum)[N][M], const acc_t (&xs)[SUMMED][N],
                                               const acc_t (&ys)[SUMMED][M]) {
@@ -824,15 +884,10 @@ __device__ __forceinline__ void add_distances(acc_t (&sum)[N][M], const acc_t (&
     for (int r = 0; r < N; ++r) {
 #pragma unroll
         for (int c = 0; c < M; ++c) {
-            acc_t d[SUMMED];
+            acc_t x[SUMMED], y[SUMMED];
 #pragma unroll
-            for (int e = 0; e < SUMMED; ++e) d[e] = absolute(xs[e][r] - ys[e][c]);
-#pragma unroll
-            for (int step = 1; step < SUMMED; step *= 2) {
-#pragma unroll
-                for (int e = 0; e < SUMMED; e += 2 * step) d[e] += d[e + step];
-            }
-            sum[r][c] += d[0];
+            for (int e = 0; e < SUMMED; ++e) x[e] = xs[e][r], y[e] = ys[e][c];
+            sum[r][c] += distance(x, y);
         }
     }
 }

@@ -123,7 +123,7 @@ def address(array: Any) -> int:
 
     A tensor with the negative bit holds numbers of the wrong sign; callers resolve that first.
     """
-    if is_torch(array):
+    if hasattr(array, "data_ptr"):  # a tensor
         return array.data_ptr()
     return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
 
@@ -136,9 +136,9 @@ def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:
     if is_torch(like):
         torch = sys.modules["torch"]
         number = like.dtype if dtype is None else getattr(torch, dtype)
-        memory = pages.borrow(math.prod(shape) * number.itemsize) if like.device.type == "cpu" else None
+        memory = pages.borrow(math.prod(shape) * number.itemsize) if like.is_cpu else None
         if memory is None:
-            return like.new_empty(shape, dtype=number)
+            return torch.empty_strided(shape, _contiguous_strides(shape), dtype=number, device=like.device)
         return like.new_empty(0, dtype=number).set_(torch.from_numpy(memory).untyped_storage(), 0, shape)
     if isinstance(like, np.ndarray):
         number = np.dtype(dtype or like.dtype)
@@ -146,6 +146,12 @@ def empty(shape: Shape, like: Any, dtype: str | None = None) -> Any:
         return np.empty(shape, number) if memory is None else memory.view(number).reshape(shape)
     with _device_of(like):
         return _namespace(like).empty(shape, dtype or like.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _contiguous_strides(shape: Shape) -> Shape:
+    """Strides of a new array: torch makes it in two thirds of the time if it need not find them."""
+    return tuple(math.prod(max(n, 1) for n in shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def zeros(shape: Shape, like: Any) -> Any:

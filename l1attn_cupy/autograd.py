@@ -98,9 +98,10 @@ def _goes_unseen(tensors: tuple) -> bool:
 #: Types whose operators are called as they are.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
-#: What the dispatcher goes by for a tensor that is a piece of memory; others stand for zeros, or for a batch in `vmap`.
+#: What the dispatcher goes by for a tensor that is a piece of memory with its numbers. Others stand for zeros, or for a
+#: batch in `vmap`, or have their numbers in memory with the other sign, which the dispatcher sees to.
 _DENSE_KEYS = frozenset(
-    "DispatchKeySet CPU CUDA ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA Negative".split()
+    "DispatchKeySet CPU CUDA ADInplaceOrView AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA".split()
 )
 _known_keys: dict[int, bool] = {}
 
@@ -351,7 +352,7 @@ def has_tangents() -> bool:
 
 def is_transformed() -> bool:
     """Whether there may be tangents, or a transform of torch.func, within which ``requires_grad`` does not tell all."""
-    return has_tangents() or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def is_batch(tensor: torch.Tensor) -> bool:

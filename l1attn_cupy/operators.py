@@ -35,7 +35,6 @@ def _plan(query: torch.Tensor, key: torch.Tensor, options: tuple) -> Plan:
 
 def scores(query: torch.Tensor, key: torch.Tensor, *options: Any) -> torch.Tensor:
     """What ``torch.ops.l1attn.scores`` computes of tensors with data."""
-    query, key = query.resolve_neg(), key.resolve_neg()
     return run.scores(_plan(query, key, options), query, key)
 
 
@@ -49,8 +48,6 @@ def scores_backward(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator of that name; a gradient that is not needed is empty."""
-    grad, query, key = grad.resolve_neg(), query.resolve_neg(), key.resolve_neg()
-    scores = None if scores is None else scores.resolve_neg()
     call = _plan(query, key, options)
     dquery, dkey = run.scores_backward(call, grad, query, key, scores, need_query, need_key)
     return query.new_empty(0) if dquery is None else dquery, key.new_empty(0) if dkey is None else dkey
@@ -65,10 +62,7 @@ def scores_jvp(
     *options: Any,
 ) -> torch.Tensor:
     """The operator of that name."""
-    query, key = query.resolve_neg(), key.resolve_neg()
-    tangents = tangent_query.resolve_neg(), tangent_key.resolve_neg()
-    scores = None if scores is None else scores.resolve_neg()
-    return run.scores_jvp(_plan(query, key, options), query, key, *tangents, scores)
+    return run.scores_jvp(_plan(query, key, options), query, key, tangent_query, tangent_key, scores)
 
 
 def broadcast(batches: Sequence[Any], planned: Callable[[], Any]) -> Any:

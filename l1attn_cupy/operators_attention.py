@@ -45,11 +45,6 @@ def _plan(
     return plan_attention.attention(specs, AttentionOptions(*options), segments)
 
 
-def _resolved(*given: Optional) -> list[Any]:
-    """Without the negative bit: their memory holds their numbers."""
-    return [None if array is None else array.resolve_neg() for array in given]
-
-
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -61,7 +56,6 @@ def attention(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out; softmax as in `run_attention`; and, to ``keep``, out unrounded, which is empty where it is out itself."""
-    query, key, value, mask = _resolved(query, key, value, mask)
     call = _plan(query, key, value, mask, ends_q, ends_k, options)
     out, softmax, unrounded = run_attention.attention(call, query, key, value, mask, keep)
     return out, softmax, softmax.new_empty(0) if unrounded is None else unrounded
@@ -82,8 +76,6 @@ def attention_backward(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and mask; one that is not needed is empty."""
     needed, options = rest[:4], rest[4:]
-    query, key, value, mask = _resolved(query, key, value, mask)
-    grad_out, out, softmax, grad_lse = _resolved(grad_out, out, softmax, grad_lse)
     call = _plan(query, key, value, mask, ends_q, ends_k, options)
     gradients = run_attention.attention_backward(
         call, grad_out, query, key, value, mask, out, softmax, grad_lse, (needed[0], needed[1], needed[2], needed[3])

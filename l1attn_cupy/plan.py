@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     query: ArraySpec
     key: ArraySpec
     batch: Shape
+    out_shape: Shape
     options: Options
     quant_scale: ArraySpec | None = None
 
@@ -69,10 +70,6 @@ class Plan(NamedTuple):
     @property
     def channels(self) -> int:
         return self.query.shape[-1]
-
-    @property
-    def out_shape(self) -> Shape:
-        return (*self.batch, self.length_q, self.length_k)
 
     @property
     def out_dtype(self) -> str:
@@ -110,7 +107,8 @@ def cached_scores(
         raise ValueError(f"key must have head_dim {query.shape[-1]} to match query {query.shape}, got {key.shape}")
     check_range(query.dtype, scale, eps)
     options = check_options(score, scale, eps, backend, variant, query.device)
-    return Plan(query, key, broadcast_batch(query.shape, key.shape), options)
+    batch = broadcast_batch(query.shape, key.shape)
+    return Plan(query, key, batch, (*batch, query.shape[-2], key.shape[-2]), options)
 
 
 @functools.lru_cache(maxsize=1024)

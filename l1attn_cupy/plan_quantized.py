@@ -29,8 +29,11 @@ class Quantized(NamedTuple):
 
 def is_quantized(query: Any, key: Any, quant_scale: Any | None) -> bool:
     """Whether a call is for this module: one of the arrays is of bytes, or there is a scale for such."""
-    names = (str(getattr(array, "dtype", "")).removeprefix("torch.") for array in (query, key))
-    return quant_scale is not None or any(name in QUANTIZED for name in names)
+    return quant_scale is not None or _is_of_bytes(query) or _is_of_bytes(key)
+
+
+def _is_of_bytes(array: Any) -> bool:
+    return str(getattr(array, "dtype", "")).removeprefix("torch.") in QUANTIZED
 
 
 def scores(
@@ -63,7 +66,7 @@ def cached_scores(
     batch = plan.broadcast_batch(query.shape, key.shape)
     if quant_scale is not None:
         check_quant_scale(quant_scale, query, batch)
-    return Plan(query, key, batch, options, quant_scale)
+    return Plan(query, key, batch, (*batch, query.shape[-2], key.shape[-2]), options, quant_scale)
 
 
 def check_bytes(query: ArraySpec, key: ArraySpec) -> None:

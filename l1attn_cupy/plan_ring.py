@@ -79,11 +79,16 @@ def check_initialised(initialised: bool) -> None:
 
 
 def check_group(is_group: bool, group: Any, rank: int, members: Sequence[int] | None) -> None:
-    """Raise unless ``group`` is a process group that has this process, ``rank`` among all, among its ``members``."""
-    if members is None and not is_group:
+    """Raise unless ``group`` is a process group that has this process, ``rank`` among all, among its ``members``.
+
+    They are None if it was destroyed, and () if nothing is known of it but that this process is not one of them.
+    """
+    if not is_group:
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {group!r}")
-    if members is None or rank not in members:
-        got = "another one" if members is None else f"one of the ranks {list(members)}"
+    if members is None:
+        raise ValueError(f"group must be a process group that is in use, got {group!r}, which was destroyed")
+    if rank not in members:
+        got = f"one of the ranks {list(members)}" if members else "another one"
         raise ValueError(f"group must contain the calling process, rank {rank}, got {got}")
 
 

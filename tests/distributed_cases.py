@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -492,6 +493,9 @@ def group_is_wrong() -> None:
     if dist.get_rank():
         refuses(ValueError, "group must contain the calling process, rank", x, x, x, group=first)
         refuses(ValueError, "group must contain", x, x, x, group=dist.GroupMember.NON_GROUP_MEMBER)
+    destroyed = dist.new_group()
+    dist.destroy_process_group(destroyed)
+    refuses(ValueError, "group must be a process group that is in use, got", x, x, x, group=destroyed)
 
 
 @case
@@ -772,6 +776,22 @@ def dtensor_is_no_shard() -> None:
 
 class Over(Exception):
     """Of the peer that is lost, once rank 0 has noticed."""
+
+
+@case
+def peer_gives_another_group() -> None:
+    """Rank 1 is told at once that it is not in what it gives, long before the timeout tells rank 0."""
+    x = torch.randn(2, 8, 5)
+    group = dist.new_group(timeout=datetime.timedelta(seconds=TIMEOUT_OF_THE_DEAD_S))
+    others = dist.new_group([0])
+    if dist.get_rank() == 1:
+        refuses(ValueError, "group must contain the calling process, rank 1, got another one", x, x, x, group=others)
+        store().set("rank 1 was told", str(time.monotonic()))
+        return
+    start = time.monotonic()
+    expect_loss_of_a_peer(functools.partial(ring_l1_attention, x, x, x, group=group))
+    assert store().check(["rank 1 was told"])
+    assert float(store().get("rank 1 was told")) - start < TIMEOUT_OF_THE_DEAD_S / 2
 
 
 @case

@@ -126,11 +126,12 @@ def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, An
 def _summed_in(plan: AttentionPlan, wanted: tuple[str, ...]) -> int:
     """In how many parts dquery is summed along with dkey and dvalue, in one pass for all; 0 if each has its own pass.
 
-    One pass is faster, but it needs memory for the parts and has no more tasks than parts of batch entries.
+    One pass is faster, but it needs memory for the parts and has no more tasks than parts of batch entries. Where one
+    thread does all, a part for each is enough.
     """
     batches = math.prod(plan.batch)
     whole = not any(any(broadcast_dims(x, plan.batch)) for x in (plan.query, plan.key, plan.value))
-    number = -(-_TASKS // batches)
+    number = 1 if _terms(plan) < threads.SERIAL_TERMS else -(-_TASKS // batches)
     size = number * batches * plan.length_q * plan.channels * ITEMSIZE[plan.lse_dtype]
     few = number <= min(_MOST_PARTS, -(-plan.length_k // _MOST_ROWS)) and size <= _PARTS_BYTES
     return number if whole and few and not plan.packed and {"dquery", "dkey"} <= set(wanted) else 0

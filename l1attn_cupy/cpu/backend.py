@@ -60,18 +60,9 @@ def scores_backward(plan: Plan, grad: Any, query: Any, key: Any, saved: Any, dqu
     """Write the gradients that are not None; ``saved`` is the forward result or None."""
     specs = arrays.describe(grad), None if saved is None else arrays.describe(saved)
     workers = threads.count(query, terms=math.prod(plan.out_shape) * plan.channels)
-    ours = arrays.address(query), arrays.address(key)
-    given = arrays.address(grad), 0 if saved is None else arrays.address(saved)
-    if dquery is not None and dkey is not None and _at_once(plan, workers):
-        call, swapped = _both_call(plan, *specs, workers)
-        results = arrays.address(dquery), arrays.address(dkey)
-        order = 1 if swapped else -1
-        call.launch(*ours[::order], *given, *results[::order])
-        return
-    if dquery is not None:
-        _gradient_call(plan, *specs, workers, of_key=False).launch(*ours, *given, arrays.address(dquery))
-    if dkey is not None:
-        _gradient_call(plan, *specs, workers, of_key=True).launch(*ours[::-1], *given, arrays.address(dkey))
+    given = [0 if x is None else arrays.address(x) for x in (query, key, grad, saved, dquery, dkey)]
+    for call, order in _backward_calls(plan, *specs, workers, dquery is not None, dkey is not None):
+        call.launch(*map(given.__getitem__, order))
 
 
 def scores_jvp(
@@ -148,7 +139,6 @@ def _tangent_call(
     return _Call(jvp if workers > 1 else jvp_serial, workers, layout, _common(plan, batch, sizes, blocks)).compiled()
 
 
-@functools.lru_cache(maxsize=1024)
 def _gradient_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers: int, of_key: bool) -> _Call:
     """The gradient of x, the array to differentiate by; for that of the key, grad and scores are transposed."""
     x, y = (plan.key, plan.query) if of_key else (plan.query, plan.key)
@@ -164,6 +154,22 @@ def _gradient_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers
     return _Call(backward if workers > 1 else backward_serial, workers, layout, arguments).compiled()
 
 
+@functools.lru_cache(maxsize=1024)
+def _backward_calls(
+    plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers: int, need_query: bool, need_key: bool
+) -> list[tuple[_Call, Sequence[int]]]:
+    """The calls for the gradients that are needed, each with its arrays: their places in query, key, grad, saved,
+    dquery, dkey."""
+    if need_query and need_key and _at_once(plan, workers):
+        return [_both_call(plan, grad, saved, workers)]
+    calls: list[tuple[_Call, Sequence[int]]] = []
+    if need_query:
+        calls.append((_gradient_call(plan, grad, saved, workers, of_key=False), (0, 1, 2, 3, 4)))
+    if need_key:
+        calls.append((_gradient_call(plan, grad, saved, workers, of_key=True), (1, 0, 2, 3, 5)))
+    return calls
+
+
 def _at_once(plan: Plan, workers: int) -> bool:
     """Whether both gradients are best made in one pass, whose tasks are batch entries.
 
@@ -176,9 +182,10 @@ def _at_once(plan: Plan, workers: int) -> bool:
     return not shared and size <= _GRADIENT_BYTES and 4 * -(-batches // workers) * workers <= 6 * batches
 
 
-@functools.lru_cache(maxsize=1024)
-def _both_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers: int) -> tuple[_Call, bool]:
-    """The call for both gradients, and whether x, along which rows of grad run, is the query."""
+def _both_call(
+    plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers: int
+) -> tuple[_Call, tuple[int, int, int, int, int, int]]:
+    """The call for both gradients, and its arrays. Along the rows of grad runs x, which is the query or the key."""
     swapped = grad.strides[-1] > grad.strides[-2]
     x, y = (plan.query, plan.key) if swapped else (plan.key, plan.query)
     specs = [x, y, grad, saved or grad, contiguous(x, x.shape), contiguous(y, y.shape)]
@@ -187,7 +194,7 @@ def _both_call(plan: Plan, grad: ArraySpec, saved: ArraySpec | None, workers: in
     runs = min(sizes[0], 1 if workers == 1 else workers * _TASKS_PER_THREAD)
     arguments = _common(plan, batch, sizes, runs)
     call = _Call(backward_both if workers > 1 else backward_both_serial, workers, layout, arguments)
-    return call.compiled(), swapped
+    return call.compiled(), (0, 1, 2, 3, 4, 5) if swapped else (1, 0, 2, 3, 5, 4)
 
 
 def _lay_out(

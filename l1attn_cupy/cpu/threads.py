@@ -25,7 +25,7 @@ import numba
 from .. import arrays
 
 #: Below so many terms a call runs on the caller's thread: starting the others costs more than they save.
-_SERIAL_TERMS = 1 << 18
+SERIAL_TERMS = 1 << 18
 
 _in_forked_child = False
 _forked_during_call = False
@@ -86,7 +86,7 @@ def layer() -> str:
 
 def count(array: Any, terms: int) -> int:
     """Threads for a call on ``array``: torch's setting for tensors, Numba's for NumPy; 1 if the work is small."""
-    if terms < _SERIAL_TERMS or _forked_during_call or (_in_forked_child and _running_layer() == "omp"):
+    if terms < SERIAL_TERMS or _forked_during_call or (_in_forked_child and _running_layer() == "omp"):
         return 1
     wanted = sys.modules["torch"].get_num_threads() if arrays.is_torch(array) else numba.get_num_threads()
     return max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))

@@ -24,10 +24,10 @@ class Group:
     def __init__(self, group: Any | None) -> None:
         plan_ring.check_initialised(dist.is_initialized())
         self.group: Any = dist.group.WORLD if group is None else group
-        is_group = isinstance(self.group, dist.ProcessGroup)
         other = self.group is dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives those it leaves out
-        members = dist.get_process_group_ranks(self.group) if is_group else None
-        plan_ring.check_group(is_group or other, self.group, dist.get_rank(), members)
+        is_group = other or isinstance(self.group, dist.ProcessGroup)
+        members = _members(self.group) if is_group and not other else ()
+        plan_ring.check_group(is_group, self.group, dist.get_rank(), members)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.backends = str(dist.get_backend_config(self.group))  # "cpu:gloo,cuda:nccl"
         ranks = dist.get_process_group_ranks(self.group)
@@ -77,6 +77,14 @@ class Group:
                 f"rank {dist.get_rank()} could not communicate with its neighbours, ranks {ranks}: a process has "
                 f"ended, or did not make the same call within the timeout of the process group ({error})"
             ) from error
+
+
+def _members(group: Any) -> list[int] | None:
+    """The ranks of a group; None if it was destroyed."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except KeyError:
+        return None
 
 
 class Transfer:

@@ -86,7 +86,8 @@ def ring_l1_attention(
     ------
     TypeError, ValueError
         As `l1_attention`; also where there is no process group, or calls do not fit together. An error of one rank is
-        one on all, but for one of ``group``, through which they would hear of it.
+        one on all, but for one of ``group``, through which they would hear of it: the rank that gave it raises at once,
+        the others when the timeout of their group is over.
     NotImplementedError
         Within forward-mode differentiation, or a transform of torch.func.
     RuntimeError

@@ -210,7 +210,11 @@ def peak_of(function: Callable[[], Any], device: str) -> tuple[int, Any]:
 
 
 def probe_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Peak MiB of a call beyond its inputs, and that less its outputs; compiled before, on small inputs."""
+    """Peak MiB of a call beyond its inputs, and that less its outputs; compiled before, on smaller inputs.
+
+    These are of as many batch entries, and work for several threads: other kernels are for one thread, and for many
+    entries.
+    """
     import torch
 
     peer = peer_of(options, options.length, options.channels)
@@ -226,7 +230,7 @@ def probe_memory(options: argparse.Namespace) -> dict[str, Any]:
         return peak, list(grads)
 
     for _ in range(2):
-        run(*inputs(options, 2, 128, options.channels))
+        run(*inputs(options, 1, 512, options.channels))
     peak, outputs = run(*inputs(options, 1, options.length, options.channels))
     size = sum(t.numel() * t.element_size() for t in outputs)
     return {"peak_mib": peak / MIB, "outputs_mib": size / MIB, "extra_mib": (peak - size) / MIB}

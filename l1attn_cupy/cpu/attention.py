@@ -18,7 +18,7 @@ from ..functions import NEGATIVE
 from .elements import load_rows, store_rows
 from .jit import kernel
 from .panels import load_panels, new_panels, score_panels
-from .scores import _address, _blocks
+from .scores import _address, _blocks, padded_channels
 from .vector import lanes, panel_width, peek, poke, scatter_rows
 from .vector_attention import add_weighted_rows, add_weighted_rows_1, softmax_step
 
@@ -173,7 +173,7 @@ def _forward(q, k, v, mask, quant_scale, out, softmax, dtypes, batch, sizes, wor
     q_block, out_part, softmax_part, runs = blocks
     tasks = work.shape[0] * batches
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
-    padded, padded_v = _blocks(channels, width) * width, _blocks(channels_v, width) * width
+    padded, padded_v = padded_channels(channels, scalars), padded_channels(channels_v, scalars)
     mask_itemsize = 1 if kind == BOOLEAN else itemsize
     for run in prange(runs):
         scratch = np.empty((width, padded), scalars.dtype)

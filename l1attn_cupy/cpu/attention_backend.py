@@ -22,7 +22,7 @@ from . import attention, attention_gradients, threads
 from .attention import ADDITIVE, BOOLEAN, NO_MASK, Y_ROWS
 from .backend import _Call, _ceil_to, _lay_out, _Layout, _panel, _split
 from .elements import DTYPE_CODES
-from .vector import panel_width
+from .vector import lanes
 
 #: Tasks to make at least, if there is work for so many: enough to share it evenly among many threads.
 _TASKS = 64
@@ -215,7 +215,7 @@ def _gradient_calls(
         steps.append(_join_call(plan, known, workers))
     if "dmask" in known:
         steps.append(_mask_call(plan, known, workers))
-    padded = _ceil_to(plan.channels, _width(plan))
+    padded = _ceil_to(plan.channels, lanes(ITEMSIZE[plan.lse_dtype]))
     return (parts, math.prod(plan.batch), plan.length_q, padded) if parts else (0, 0, 0, 0), steps
 
 
@@ -327,10 +327,6 @@ def _mask_kind(plan: AttentionPlan) -> int:
     if plan.mask is None:
         return NO_MASK
     return BOOLEAN if plan.mask.dtype == "bool" else ADDITIVE
-
-
-def _width(plan: AttentionPlan) -> int:
-    return panel_width(ITEMSIZE[plan.lse_dtype])
 
 
 def _runs(tasks: int, workers: int) -> int:

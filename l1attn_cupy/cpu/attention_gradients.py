@@ -31,7 +31,7 @@ from .attention import (
 )
 from .elements import apply_derivative, load_rows, store_rows
 from .jit import kernel
-from .scores import _address, _blocks, _load_panels, _scatter_any
+from .scores import _address, _blocks, _load_panels, _scatter_any, padded_channels
 from .vector import lanes, pack, panel_width, peek, poke, scatter_rows, sign_scatter, sign_scatter_both
 from .vector_attention import CHANNELS_PER_SUM, softmax_backward_step, sum_products
 
@@ -49,7 +49,7 @@ def _delta(grad, out, grad_lse, delta, dtypes, batch, sizes, runs, like):
     dtype, itemsize, out_dtype, out_itemsize, sum_itemsize, lse_itemsize = dtypes
     batches, length, channels = sizes
     width = _WIDTH4 if like.itemsize == 4 else _WIDTH8
-    blocks, padded = _blocks(length, width), _blocks(channels, width) * width
+    blocks, padded = _blocks(length, width), padded_channels(channels, like)
     tasks = batches * blocks
     for run in prange(runs):
         scratch, tile = np.empty((width, padded), like.dtype), np.empty((width, width), like.dtype)
@@ -168,7 +168,7 @@ def _backward(
     lines = _blocks(work.shape[0], groups)
     tasks = groups * kept
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
-    padded, padded_v = _blocks(channels, width) * width, _blocks(channels_v, width) * width
+    padded, padded_v = padded_channels(channels, scalars), padded_channels(channels_v, scalars)
     mask_itemsize = 1 if kind == BOOLEAN else itemsize
     nothing = np.empty((1, 1, 1, padded), scalars.dtype)[0, 0, 0:0]
     for run in prange(runs):
@@ -255,7 +255,7 @@ def _mask_gradient(
     dtype, itemsize, sum_itemsize, kind = dtypes
     kept, summed, length_q, length_k, channels, channels_v = sizes
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
-    padded, padded_v = _blocks(channels, width) * width, _blocks(channels_v, width) * width
+    padded, padded_v = padded_channels(channels, scalars), padded_channels(channels_v, scalars)
     q_block, k_block = length_q if shared[0] else width, length_k if shared[1] else Y_ROWS
     q_blocks, k_blocks = _blocks(length_q, q_block), _blocks(length_k, k_block)
     tasks = kept * q_blocks * k_blocks

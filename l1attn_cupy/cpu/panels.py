@@ -11,12 +11,12 @@ from numba.core import types
 from numba.extending import overload
 
 from ..functions import INVERSE
+from . import vector_attention
 from .elements import apply_score
 from .jit import kernel
 from .quantized import WORD, load_words
-from .scores import _blocks, _load_panels
+from .scores import _blocks, _load_panels, padded_channels
 from .vector import invert, panel_width
-from .vector_attention import score_panel
 from .vector_bytes import QUERY_ROWS, byte_distances, key_rows
 
 _WIDTH4, _WIDTH8 = panel_width(4), panel_width(8)
@@ -64,7 +64,7 @@ def _new_words(rows, channels, of_lanes, like):
 
 def _new_numbers(rows, channels, of_lanes, like):
     width = _WIDTH4 if like.itemsize == 4 else _WIDTH8
-    return np.empty((rows // width, _blocks(channels, width) * width, width), like.dtype)
+    return np.empty((rows // width, padded_channels(channels, like), width), like.dtype)
 
 
 def _load_words(source, dtype, itemsize, matrix, rows, channels, scratch, panels):
@@ -80,9 +80,7 @@ def _score_words(row_panels, count, lane_panels, panel, channels, tile, score, s
 
 
 def _score_numbers(row_panels, count, lane_panels, panel, channels, tile, score, scale, eps):
-    width = tile.shape[1]
-    for p in range(count):
-        score_panel(row_panels, p, lane_panels, panel, channels, tile, p * width, score, scale, eps)
+    vector_attention.score_panels(row_panels, count, lane_panels, panel, channels, tile, score, scale, eps)
 
 
 @kernel()

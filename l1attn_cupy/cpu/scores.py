@@ -75,6 +75,13 @@ def _blocks(n, size):
 
 
 @kernel()
+def padded_channels(channels, like):
+    """Channels of a row in scratch memory, whole vectors of numbers like those of the array ``like``."""
+    step = _LANES4 if like.itemsize == 4 else _LANES8
+    return _blocks(channels, step) * step
+
+
+@kernel()
 def _address(matrix, itemsize, index, batch, row, column):
     """Address of element (row, column) of batch entry ``index``."""
     offset = row * matrix.row + column * matrix.column
@@ -120,7 +127,7 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
     q_blocks, k_blocks = _blocks(length_q, q_block), _blocks(length_k, k_block)
     tasks = batches * q_blocks * k_blocks
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
-    padded = _blocks(channels, width) * width
+    padded = padded_channels(channels, scalars)
     inverse, factor = score == INVERSE, -scalars[0] if score == NEGATIVE else scalars[0]
     direct = score != LAPLACIAN and itemsize == scalars.itemsize
     for run in prange(runs):
@@ -259,7 +266,7 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
     x_block, x_is_row, runs = blocks
     x_blocks, y_blocks = _blocks(length_x, x_block), _blocks(length_y, Y_BLOCK)
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
-    padded = _blocks(channels, width) * width
+    padded = padded_channels(channels, scalars)
     anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
     tile_shape = (x_block, Y_BLOCK) if x_is_row else (Y_BLOCK, x_block)
     for run in prange(runs):
@@ -362,7 +369,7 @@ def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, ru
     """
     batches, length_x, length_y, channels = sizes
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
-    padded = _blocks(channels, width) * width
+    padded = padded_channels(channels, scalars)
     anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
     whole_x, y_block = _blocks(length_x, width) * width, min(Y_BLOCK, _blocks(length_y, width) * width)
     for run in prange(runs):

@@ -12,7 +12,7 @@ from numba import prange
 from ..functions import INVERSE, LAPLACIAN
 from .elements import apply_derivative, load_rows, store_rows
 from .jit import kernel
-from .scores import _WIDTH4, _WIDTH8, CHANNELS_PER_SUM, _address, _blocks, _load_panels
+from .scores import _WIDTH4, _WIDTH8, CHANNELS_PER_SUM, _address, _blocks, _load_panels, padded_channels
 from .vector import sign_gather
 
 
@@ -26,7 +26,7 @@ def _jvp(q, k, tangent_q, tangent_k, scores, out, dtype, itemsize, batch, sizes,
     q_block, tile_keys, runs = blocks
     q_blocks = _blocks(length_q, q_block)
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
-    padded = _blocks(channels, width) * width
+    padded = padded_channels(channels, scalars)
     for run in prange(runs):
         scratch = np.empty((width, padded), scalars.dtype)
         rows = np.empty((q_block // width, padded, width), scalars.dtype)

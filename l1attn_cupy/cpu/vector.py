@@ -12,6 +12,7 @@ The arrays are C-contiguous scratch arrays of the accumulation type, float32 or 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -42,20 +43,39 @@ def _has_32_registers() -> bool:
     return register_bytes() == 64 or "x86" not in llvm.get_default_triple()
 
 
+@functools.lru_cache(maxsize=1)
+def _adds_by_multiplying() -> bool:
+    """Whether every second addition had better be ``a * 1 + b``.
+
+    Of processors with AVX2, many have other units for additions than for fused multiply-adds, and all have as many of
+    these. With AVX-512 one kind of unit does both.
+    """
+    return register_bytes() == 32 and bool(llvm.get_host_cpu_features().get("fma"))
+
+
 def lanes(itemsize: int) -> int:
     """Numbers of ``itemsize`` bytes that one vector register holds."""
     return register_bytes() // itemsize
 
 
 def panel_width(itemsize: int) -> int:
-    """Rows in a panel. A tile of width x width sums must fit in the registers and hide the latency of an add."""
+    """Rows in a panel: two registers, where one of them would not be large."""
     n = lanes(itemsize)
-    return 2 * n if n < 8 and _has_32_registers() else max(n, 4)
+    return n if n >= 8 and _has_32_registers() else max(2 * n, 4)
+
+
+def sum_rows(itemsize: int) -> int:
+    """Rows of a panel whose sums with all rows of another one are made at once; divides `panel_width`.
+
+    The sums must fit in the registers and hide the latency of an addition. With 16 registers, 4 rows and two registers
+    of lanes need fewer loads than 8 rows and one.
+    """
+    return panel_width(itemsize) if _has_32_registers() else 4
 
 
 def vector_step(itemsize: int) -> int:
-    """Numbers that `load_vector` and `store_vector` move: a row of a panel, also of its 16-bit copy."""
-    return panel_width(max(itemsize, 4))
+    """Numbers that `load_vector` and `store_vector` move: those of a register, also of its 16-bit copy."""
+    return lanes(max(itemsize, 4))
 
 
 def scatter_rows(itemsize: int) -> int:
@@ -119,6 +139,17 @@ class _Emitter:
         name = f"llvm.fmuladd.v{self.width}f{self.itemsize * 8}"
         signature = ir.FunctionType(self.vector, [self.vector] * 3)
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [a, b, c])
+
+    def opaque_one(self):
+        """1 in every lane, which LLVM does not know to be 1; None where `plus` has no use for it."""
+        if not _adds_by_multiplying():
+            return None
+        itself = ir.InlineAsm(ir.FunctionType(self.scalar, [self.scalar]), "", "=x,0")
+        return self.broadcast(self.builder.call(itself, [ir.Constant(self.scalar, 1.0)]))
+
+    def plus(self, a, b, one):
+        """``a + b``, by a unit that multiplies and adds if there is ``one``; the bits are the same."""
+        return self.builder.fadd(a, b) if one is None else self.multiply_add(b, one, a)
 
     def sign(self, value):
         """1, -1, or 0, also for NaN. With AVX-512 that is one instruction, at the rate of an addition."""
@@ -191,29 +222,52 @@ class _Emitter:
 
 
 #: Channels in one turn of the loop that sums them.
-_UNROLL = 4
+SUM_UNROLL = 4
 
 
 def _term(e, q_panels, k_panels, args):
-    """The step of a loop over channels: ``sums[r] += |q_panels[q_index, first + i, r] - k_panels[k_index, ...]|``."""
-    q, q_at, k, k_at, first = args
+    """The step of a loop over channels: ``sums[r] += |q_panels[q_index, first + i, top + r] - k_panels[...]|``.
+
+    A difference and a sum are two additions, of which `_Emitter.plus` makes the second.
+    """
+    q, q_at, k, k_at, first, top = args
+    one = e.opaque_one()
 
     def step(i, sums):
         channel = e.builder.add(first, i)
         keys = e.load(e.at(k_panels, k, k_at, channel, 0))
-        queries = [e.splat(e.at(q_panels, q, q_at, channel, row)) for row in range(e.width)]
-        return [
-            e.builder.fadd(total, e.fabs(e.builder.fsub(query, keys)))
-            for total, query in zip(sums, queries, strict=True)
-        ]
+        updated = []
+        for row, total in enumerate(sums):
+            query = e.splat(e.at(q_panels, q, q_at, channel, e.builder.add(top, _INT(row))))
+            updated.append(e.plus(total, e.fabs(e.builder.fsub(query, keys)), one))
+        return updated
 
     return step
 
 
 def _sum_panels(e, q_panels, k_panels, args):
-    """Vectors ``sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, :]|``, one for each row r of the panel."""
-    *operands, count = args
-    return e.accumulate(count, e.width, _term(e, q_panels, k_panels, operands), _UNROLL)
+    """Vectors ``sum_e |q_panels[q_index, e, top + r] - k_panels[k_index, e, :]|``, one for each of `sum_rows` rows."""
+    *operands, first, count, top = args
+    return e.accumulate(count, sum_rows(e.itemsize), _term(e, q_panels, k_panels, (*operands, first, top)), SUM_UNROLL)
+
+
+@contextlib.contextmanager
+def _row_groups(e):
+    """A loop over the rows of a panel, `sum_rows` at a time; yields the first of them."""
+    rows = sum_rows(e.itemsize)
+    with cgutils.for_range_slice(e.builder, _INT(0), _INT(panel_width(e.itemsize)), _INT(rows)) as (top, _):
+        yield top
+
+
+def _set_or_add(e, start, totals, places):
+    """Store ``totals`` if ``start`` is 0, otherwise add them to what is there."""
+    with e.builder.if_else(e.builder.icmp_signed("==", start, _INT(0))) as (is_first, is_more):
+        with is_first:
+            for place, total in zip(places, totals, strict=True):
+                e.store(total, place)
+        with is_more:
+            for place, total in zip(places, totals, strict=True):
+                e.store(e.builder.fadd(e.load(place), total), place)
 
 
 @intrinsic
@@ -226,15 +280,10 @@ def sum_abs_diff(typingctx, q_panels, q_index, k_panels, k_index, first, count, 
     def codegen(context, builder, signature, args):
         e = _Emitter(context, builder, q_panels, panel_width(_itemsize(q_panels)))
         *operands, out, left = args
-        totals = _sum_panels(e, q_panels, k_panels, operands)
-        places = [e.at(tile, out, row, left) for row in range(e.width)]
-        with builder.if_else(builder.icmp_signed("==", operands[-2], _INT(0))) as (is_first, is_more):
-            with is_first:
-                for place, total in zip(places, totals, strict=True):
-                    e.store(total, place)
-            with is_more:
-                for place, total in zip(places, totals, strict=True):
-                    e.store(builder.fadd(e.load(place), total), place)
+        with _row_groups(e) as top:
+            totals = _sum_panels(e, q_panels, k_panels, (*operands, top))
+            places = [e.at(tile, out, builder.add(top, _INT(r)), left) for r in range(len(totals))]
+            _set_or_add(e, operands[-2], totals, places)
         return context.get_dummy_value()
 
     integer = types.intp
@@ -257,7 +306,7 @@ def sign_gather(typingctx, q, tangent_q, q_index, k, tangent_k, k_index, first, 
         q_at, tq_at, row_panel, k_at, tk_at, key_panel, start, n, out, left = args
         ones, minus, zero = (ir.Constant(e.vector, [x] * e.width) for x in (1.0, -1.0, 0.0))
 
-        def step(i, sums):
+        def step(top, i, sums):
             channel = builder.add(start, i)
             keys, key_tangents = (
                 e.load(e.at(kind, at, key_panel, channel, 0)) for kind, at in ((k, k_at), (tangent_k, tk_at))
@@ -265,22 +314,18 @@ def sign_gather(typingctx, q, tangent_q, q_index, k, tangent_k, k_index, first, 
             updated = []
             for row, total in enumerate(sums):
                 query, tangent = (
-                    e.splat(e.at(kind, at, row_panel, channel, row)) for kind, at in ((q, q_at), (tangent_q, tq_at))
+                    e.splat(e.at(kind, at, row_panel, channel, builder.add(top, _INT(row))))
+                    for kind, at in ((q, q_at), (tangent_q, tq_at))
                 )
                 below = builder.select(builder.fcmp_ordered("<", query, keys), minus, zero)
                 sign = builder.select(builder.fcmp_ordered(">", query, keys), ones, below)
                 updated.append(builder.fadd(total, builder.fmul(sign, builder.fsub(tangent, key_tangents))))
             return updated
 
-        totals = e.accumulate(n, e.width, step)
-        is_first = builder.icmp_signed("==", start, _INT(0))
-        for row, total in enumerate(totals):
-            place = e.at(tile, out, row, left)
-            with builder.if_else(is_first) as (set_it, add_to_it):
-                with set_it:
-                    e.store(total, place)
-                with add_to_it:
-                    e.store(builder.fadd(e.load(place), total), place)
+        with _row_groups(e) as top:
+            totals = e.accumulate(n, sum_rows(e.itemsize), functools.partial(step, top))
+            places = [e.at(tile, out, builder.add(top, _INT(r)), left) for r in range(len(totals))]
+            _set_or_add(e, start, totals, places)
         return context.get_dummy_value()
 
     integer = types.intp
@@ -356,18 +401,20 @@ def sum_and_score(typingctx, q_panels, q_index, k_panels, k_index, count, tile, 
         e = _Emitter(context, builder, q_panels, panel_width(_itemsize(q_panels)))
         *operands, count, sums_at, address, stride, inverse, scale, eps = args
         store = _scores_to(e, tile, sums_at, (address, stride), (inverse, scale, eps))
-        step = _term(e, q_panels, k_panels, (*operands, _INT(0)))
-
-        sum_step, store_step = e.unrolled(step, _UNROLL), e.unrolled(store, _UNROLL)
-        whole = builder.and_(count, _INT(-_UNROLL))
-        head = builder.select(builder.icmp_signed("<", whole, _INT(e.width)), whole, _INT(e.width))
-        both = lambda i, sums: sum_step(i, store_step(i, sums))  # noqa: E731
-        sums = e.loop(_INT(0), head, e.zeros(e.width), both, _UNROLL)
-        sums = e.loop(head, whole, sums, sum_step, _UNROLL)
-        sums = e.loop(whole, count, sums, step)
-        e.loop(head, _INT(e.width), [], store)
-        for row, total in enumerate(sums):
-            e.store(total, e.at(tile, sums_at, row, 0))
+        rows = sum_rows(e.itemsize)
+        whole = builder.and_(count, _INT(-SUM_UNROLL))
+        head = builder.select(builder.icmp_signed("<", whole, _INT(rows)), whole, _INT(rows))
+        with _row_groups(e) as top:
+            step = _term(e, q_panels, k_panels, (*operands, _INT(0), top))
+            store_row = lambda r, sums: store(builder.add(top, r), sums)  # noqa: E731
+            sum_step, store_step = e.unrolled(step, SUM_UNROLL), e.unrolled(store_row, SUM_UNROLL)
+            both = lambda i, sums: sum_step(i, store_step(i, sums))  # noqa: E731
+            sums = e.loop(_INT(0), head, e.zeros(rows), both, SUM_UNROLL)
+            sums = e.loop(head, whole, sums, sum_step, SUM_UNROLL)
+            sums = e.loop(whole, count, sums, step)
+            e.loop(head, _INT(rows), [], store_row)
+            for row, total in enumerate(sums):
+                e.store(total, e.at(tile, sums_at, builder.add(top, _INT(row)), 0))
         return context.get_dummy_value()
 
     integer, number = types.intp, q_panels.dtype
@@ -377,21 +424,26 @@ def sum_and_score(typingctx, q_panels, q_index, k_panels, k_index, count, tile, 
 
 @intrinsic
 def pack(typingctx, rows, row, channels, panels, index):
-    """``panels[index, e, r] = rows[row + r, e]`` for e < channels, which is a multiple of the panel width."""
+    """``panels[index, e, r] = rows[row + r, e]`` for e < channels, which is a multiple of `lanes`."""
 
     def codegen(context, builder, signature, args):
-        width = panel_width(_itemsize(rows))
-        e = _Emitter(context, builder, rows, width)
+        size = lanes(_itemsize(rows))
+        e = _Emitter(context, builder, rows, size)
         source, first_row, n, target, target_at = args
-        low = [i // 2 + width * (i % 2) for i in range(width)]
-        high = [width // 2 + i for i in low]
-        with cgutils.for_range_slice(builder, _INT(0), n, _INT(width)) as (first, _):
-            block = [e.load(e.at(rows, source, builder.add(first_row, _INT(r)), first)) for r in range(width)]
-            for _ in range(width.bit_length() - 1):  # log2(width) perfect shuffles of the rows transpose the block
-                pairs = zip(block[: width // 2], block[width // 2 :], strict=True)
+        low = [i // 2 + size * (i % 2) for i in range(size)]
+        high = [size // 2 + i for i in low]
+
+        def transpose(top, first):
+            block = [e.load(e.at(rows, source, builder.add(first_row, _INT(top + r)), first)) for r in range(size)]
+            for _ in range(size.bit_length() - 1):  # log2(size) perfect shuffles of the rows transpose the block
+                pairs = zip(block[: size // 2], block[size // 2 :], strict=True)
                 block = [e.shuffle(a, b, order) for a, b in pairs for order in (low, high)]
             for i, vector in enumerate(block):
-                e.store(vector, e.at(panels, target, target_at, builder.add(first, _INT(i)), 0))
+                e.store(vector, e.at(panels, target, target_at, builder.add(first, _INT(i)), top))
+
+        with cgutils.for_range_slice(builder, _INT(0), n, _INT(size)) as (first, _):
+            for top in range(0, panel_width(e.itemsize), size):
+                transpose(top, first)
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, types.intp, panels, types.intp), codegen

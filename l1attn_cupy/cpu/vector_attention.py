@@ -6,6 +6,7 @@ and maxima over y are sums of vectors, and no loop ever reduces across the lanes
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,13 +17,18 @@ from numba.extending import intrinsic
 from ..functions import DISTANCE, INVERSE, LAPLACIAN
 from .vector import (
     _INT,
+    SUM_UNROLL,
     _Emitter,
     _inverse,
     _itemsize,
+    _row_groups,
+    _set_or_add,
     _sum_panels,
+    _term,
     lanes,
     panel_width,
     scatter_rows,
+    sum_rows,
 )
 
 _INTEGER = types.intp
@@ -70,7 +76,12 @@ class _AttentionEmitter(_Emitter):
         return vectors[0]
 
     def exp(self, x):
-        """``e**x``, at most 1.1 ulp off where that is a normal number; 0 below, NaN for NaN.
+        """``e**x``, at most 1.1 ulp off where that is a normal number; 0 below, infinity above, NaN for NaN."""
+        high = self.builder.fcmp_ordered(">", x, self.constant(_EXP[self.itemsize].highest))
+        return self.builder.select(high, self.constant(math.inf), self.bounded_exp(x))
+
+    def bounded_exp(self, x):
+        """The same where the result is no larger than the largest number.
 
         x = n ln 2 + r with |r| <= ln 2 / 2, e**r by its Taylor polynomial, 2**n by its bits.
         """
@@ -91,49 +102,87 @@ class _AttentionEmitter(_Emitter):
         power_of_2 = builder.add(exponent, ir.Constant(integers, [bias << mantissa] * self.width))
         result = builder.fmul(polynomial, builder.bitcast(power_of_2, self.vector))
         low = builder.fcmp_ordered("<", x, self.constant(constants.lowest))
-        high = builder.fcmp_ordered(">", x, self.constant(constants.highest))
-        result = builder.select(low, self.constant(0.0), result)
-        return builder.select(high, self.constant(math.inf), result)
+        return builder.select(low, self.constant(0.0), result)
+
+
+def _score_row(e, place, args):
+    """F of a vector of distances, where it lies."""
+    builder, distance = e.builder, e.load(place)
+    f, scale, eps = args
+    with builder.if_else(builder.icmp_signed("==", f, _INT(INVERSE))) as (inverse, others):
+        with inverse:
+            e.store(_inverse(e, distance, scale, eps), place)
+        with others:
+            negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
+            signed = e.broadcast(builder.select(negative, builder.fneg(scale), scale))
+            product = builder.fmul(signed, distance)
+            with builder.if_else(builder.icmp_signed("==", f, _INT(LAPLACIAN))) as (laplacian, linear):
+                with laplacian:
+                    e.store(e.exp(product), place)
+                with linear:
+                    e.store(product, place)
+
+
+def _sum_beside(e, term, count, aside):
+    """`sum_rows` sums of ``count`` channels, up to `CHANNELS_PER_SUM`; meanwhile ``aside(r)`` of as many rows r."""
+    builder, rows, turns = e.builder, sum_rows(e.itemsize), CHANNELS_PER_SUM // SUM_UNROLL
+    each, sum_step = rows // turns, e.unrolled(term, SUM_UNROLL)
+
+    def one(row, sums):
+        aside(row)
+        return sums
+
+    def both(channel, sums):
+        return sum_step(channel, e.unrolled(one, each)(builder.udiv(channel, _INT(SUM_UNROLL // each)), sums))
+
+    whole = builder.and_(count, _INT(-SUM_UNROLL))
+    sums = e.loop(_INT(0), whole, e.zeros(rows), both, SUM_UNROLL)
+    sums = e.loop(whole, count, sums, term)
+    e.loop(builder.udiv(whole, _INT(SUM_UNROLL // each)), _INT(rows), [], one)
+    return sums
 
 
 @intrinsic
-def score_panel(typingctx, y_panels, y_index, x_panels, x_index, channels, tile, row, score, scale, eps):
-    """Scores of a panel of y and one of x: ``tile[row + r, c] = F(sum_e |y[r, e] - x[c, e]|)``, r and c < panel width.
+def score_panels(typingctx, y_panels, count, x_panels, x_index, channels, tile, score, scale, eps):
+    """Scores of ``count`` panels of y and one of x: ``tile[r, c] = F(sum_e |y[r, e] - x[c, e]|)``, c < panel width.
 
-    Sums are of `CHANNELS_PER_SUM` channels each, then of these; F is applied while they are in registers.
+    Sums are of `CHANNELS_PER_SUM` channels each, then of these. F of a few rows is computed while the next are summed:
+    on their own, divisions would hold up everything else.
     """
 
     def codegen(context, builder, signature, args):
         e = _AttentionEmitter(context, builder, tile, panel_width(_itemsize(tile)))
-        *operands, n, out, top, f, factor, epsilon = args
-        sums = [cgutils.alloca_once_value(builder, e.constant(0.0)) for _ in range(e.width)]
-        with cgutils.for_range_slice(builder, _INT(0), n, _INT(CHANNELS_PER_SUM)) as (first, _):
-            rest = builder.sub(n, first)
-            count = builder.select(builder.icmp_signed("<", rest, _INT(CHANNELS_PER_SUM)), rest, _INT(CHANNELS_PER_SUM))
-            for total, part in zip(sums, _sum_panels(e, y_panels, x_panels, (*operands, first, count)), strict=True):
-                builder.store(builder.fadd(builder.load(total), part), total)
-        places = [e.at(tile, out, builder.add(top, _INT(r)), 0) for r in range(e.width)]
-        distances = [builder.load(total) for total in sums]
-        with builder.if_else(builder.icmp_signed("==", f, _INT(INVERSE))) as (inverse, others):
-            with inverse:
-                for distance, place in zip(distances, places, strict=True):
-                    e.store(_inverse(e, distance, factor, epsilon), place)
-            with others:
-                negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
-                signed = e.broadcast(builder.select(negative, builder.fneg(factor), factor))
-                products = [builder.fmul(signed, distance) for distance in distances]
-                with builder.if_else(builder.icmp_signed("==", f, _INT(LAPLACIAN))) as (laplacian, linear):
-                    with laplacian:
-                        for product, place in zip(products, places, strict=True):
-                            e.store(e.exp(product), place)
-                    with linear:
-                        for product, place in zip(products, places, strict=True):
-                            e.store(product, place)
+        y, panels, x, x_at, n, out, *f = args
+        rows, most = sum_rows(e.itemsize), _INT(CHANNELS_PER_SUM)
+
+        def smaller(a, b):
+            return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+        def score_after(first, row):
+            _score_row(e, e.at(tile, out, builder.add(first, row), 0), f)
+
+        with cgutils.for_range_slice(builder, _INT(0), panels, _INT(1)) as (panel, _), _row_groups(e) as top:
+            operands = y, panel, x, x_at
+            row = builder.add(builder.mul(panel, _INT(e.width)), top)
+            # Before the first rows there are none: what is there is scored, and then overwritten.
+            before = builder.select(builder.icmp_signed("==", row, _INT(0)), row, builder.sub(row, _INT(rows)))
+            term = _term(e, y_panels, x_panels, (*operands, _INT(0), top))
+            sums = _sum_beside(e, term, smaller(n, most), functools.partial(score_after, before))
+            places = [e.at(tile, out, builder.add(row, _INT(r)), 0) for r in range(rows)]
+            for total, place in zip(sums, places, strict=True):
+                e.store(total, place)
+            with cgutils.for_range_slice(builder, most, n, most) as (first, _):
+                some = smaller(builder.sub(n, first), most)
+                parts = _sum_panels(e, y_panels, x_panels, (*operands, first, some, top))
+                for part, place in zip(parts, places, strict=True):
+                    e.store(builder.fadd(e.load(place), part), place)
+        last = builder.sub(builder.mul(panels, _INT(e.width)), _INT(rows))
+        for r in range(rows):
+            score_after(last, _INT(r))
         return context.get_dummy_value()
 
     integer, number = _INTEGER, tile.dtype
-    signature = types.void(y_panels, integer, x_panels, integer, integer, tile, integer, integer, number, number)
-    return signature, codegen
+    return types.void(y_panels, integer, x_panels, integer, integer, tile, integer, number, number), codegen
 
 
 @intrinsic
@@ -144,20 +193,21 @@ def sum_products(typingctx, a_panels, a_index, b_panels, b_index, first, count, 
     """
 
     def codegen(context, builder, signature, args):
-        width = panel_width(_itemsize(a_panels))
-        e = _AttentionEmitter(context, builder, a_panels, width)
+        e = _AttentionEmitter(context, builder, a_panels, panel_width(_itemsize(a_panels)))
         a, a_at, b, b_at, start, n, out, top = args
 
-        def step(i, sums):
+        def step(first_row, i, sums):
             channel = builder.add(start, i)
             columns = e.load(e.at(b_panels, b, b_at, channel, 0))
-            rows = [e.splat(e.at(a_panels, a, a_at, channel, r)) for r in range(width)]
+            numbers = [builder.add(first_row, _INT(r)) for r in range(len(sums))]
+            rows = [e.splat(e.at(a_panels, a, a_at, channel, r)) for r in numbers]
             return [e.multiply_add(row, columns, total) for row, total in zip(rows, sums, strict=True)]
 
-        for r, total in enumerate(e.accumulate(n, width, step, unroll=4)):
-            place = e.at(tile, out, builder.add(top, _INT(r)), 0)
-            sums = builder.fadd(e.load(place), total)
-            e.store(builder.select(builder.icmp_signed("==", start, _INT(0)), total, sums), place)
+        with _row_groups(e) as first_row:
+            totals = e.accumulate(n, sum_rows(e.itemsize), functools.partial(step, first_row), unroll=4)
+            place = builder.add(top, first_row)
+            places = [e.at(tile, out, builder.add(place, _INT(r)), 0) for r in range(len(totals))]
+            _set_or_add(e, start, totals, places)
         return context.get_dummy_value()
 
     signature = types.void(a_panels, _INTEGER, b_panels, _INTEGER, _INTEGER, _INTEGER, tile, _INTEGER)
@@ -232,14 +282,14 @@ def softmax_step(typingctx, tile, count, largest, total, factors, first):
         maximum = builder.load(best)
         none = builder.fcmp_ordered("==", maximum, e.constant(-math.inf))
         subtracted = builder.select(none, e.constant(0.0), maximum)
-        rescale = e.exp(builder.fsub(before, subtracted))
+        rescale = e.bounded_exp(builder.fsub(before, subtracted))
         # Weights are added in groups: one by one, each would be rounded to the last digit of their sum.
         weights = cgutils.alloca_once_value(builder, e.constant(0.0))
         with cgutils.for_range_slice(builder, _INT(0), groups, _INT(_GROUP)) as (j, _):
             group = []
             for r in range(_GROUP):
                 place = e.at(tile, scores, builder.add(j, _INT(r)), 0)
-                group.append(e.exp(builder.fsub(e.load(place), subtracted)))
+                group.append(e.bounded_exp(builder.fsub(e.load(place), subtracted)))
                 e.store(group[-1], place)
             builder.store(builder.fadd(builder.load(weights), e.tree(group, builder.fadd)), weights)
         place = e.at(total, sums, start)

@@ -70,9 +70,15 @@ HARD |= {name: lambda dtype, mask=mask: _masked(dtype, *mask) for name, mask in 
 CASES = [(name, dtype) for name in HARD for dtype in DTYPES if name not in LARGE_MASKS or dtype == "float32"]
 
 
-def check_hard(run: Run, name: str, dtype: str) -> None:
-    """All results are within their bounds."""
+def check_hard(run: Run, name: str, dtype: str, queries: int = 17) -> None:
+    """All results are within their bounds, for the first of the ``queries``."""
     given, call = HARD[name](dtype)
+    given = given._replace(
+        query=given.query[:, :queries],
+        mask=None if given.mask is None else given.mask[:queries],
+        grad_out=given.grad_out[:, :queries],
+        grad_lse=None if given.grad_lse is None else given.grad_lse[:, :queries],
+    )
     out, lse, *gradients = run(given, **call)
     expected = ExpectedAttention(*given, **call)
     expected.assert_results(out, lse)

@@ -211,7 +211,8 @@ def test_attention_emulated_rows_without_a_key(machine, variant):
 @pytest.mark.parametrize("name, dtype", [x for x in attention_cases.CASES if x[0] != "long"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attention_emulated_hard(machine, variant, name, dtype):
-    attention_cases.check_hard(functools.partial(machine.run, variant=variant), name, dtype)
+    queries = 4 if variant == "stream" else 17  # what it is for; it has no backward pass of its own
+    attention_cases.check_hard(functools.partial(machine.run, variant=variant), name, dtype, queries)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

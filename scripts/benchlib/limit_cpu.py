@@ -25,8 +25,8 @@ from benchlib.timing import Elapsed
 VECTORS = 32  # vectors per row: rows of at most 2 KiB, so a tile's rows fit in every L1 cache
 TERMS_PER_SAMPLE = 1e8  # per thread, a few milliseconds
 TRIALS = 7
-TILES = {64: ((4, 4), (4, 3)), 32: ((4, 2),), 16: ((4, 2),)}  # accumulators that fit in 32 or 16 registers
-TILES_BOTH = {64: ((4, 2), (3, 3)), 32: ((2, 2),), 16: ((2, 2),)}  # the same, with two for each pair
+TILES = {64: ((4, 4), (4, 3)), 32: ((4, 2), (2, 3), (4, 1)), 16: ((4, 2),)}  # accumulators that fit in 32 or 16 registers
+TILES_BOTH = {64: ((4, 2), (3, 3)), 32: ((2, 2), (2, 1)), 16: ((2, 2),)}  # the same, with two for each pair
 SIGNS = 0xA9A9A888  # codes of VFIXUPIMM, by kind of number: NaN and 0 become 0, others 1 or -1
 
 
@@ -86,6 +86,14 @@ def forward_term(builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operan
     return [builder.fadd(accs[0], lane.fabs(builder, builder.fsub(q, k)))]
 
 
+def multiplied_term(
+    builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operands: list[ir.Value]
+) -> list[ir.Value]:
+    """acc + |q - k| * 1: the second addition by a fused multiply-add, for which some processors have units of their own."""
+    q, k, one = operands
+    return [lane.multiply_add(builder, lane.fabs(builder, builder.fsub(q, k)), one, accs[0])]
+
+
 def both_terms(builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operands: list[ir.Value]) -> list[ir.Value]:
     """A term of either gradient, with one sign for both: acc + h * sign, acc' - h * sign."""
     q, k, h = operands
@@ -107,7 +115,12 @@ def backward_term(builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], opera
     return [builder.fsub(acc, builder.select(less, h, lane.zero))]
 
 
-TERMS = {"forward": (forward_term, 1), "backward": (backward_term, 1), "both": (both_terms, 2)}  # and how many it is
+TERMS = {  # and how many it is
+    "forward": (forward_term, 1),
+    "multiplied": (multiplied_term, 1),
+    "backward": (backward_term, 1),
+    "both": (both_terms, 2),
+}
 
 
 class Tile:
@@ -122,13 +135,14 @@ class Tile:
         q, k, h, out = (builder.bitcast(pointer, lane.type.as_pointer()) for pointer in pointers)
         pairs = self.rows_q * self.rows_k
         accs = [[cgutils.alloca_once_value(builder, lane.zero) for _ in range(self.sums)] for _ in range(pairs)]
-        weights = [lane.load(builder, h, row, ir.Constant(int_type, 0)) for row in range(self.rows_q)]
+        rows_h = 1 if self.term is multiplied_term else self.rows_q
+        weights = [lane.load(builder, h, row, ir.Constant(int_type, 0)) for row in range(rows_h)]
         with cgutils.for_range(builder, count) as loop:
             q_rows = [lane.load(builder, q, row, loop.index) for row in range(self.rows_q)]
             k_rows = [lane.load(builder, k, row, loop.index) for row in range(self.rows_k)]
             for pair, acc in enumerate(accs):
                 i, j = divmod(pair, self.rows_k)
-                operands = [q_rows[i], k_rows[j], weights[i]]
+                operands = [q_rows[i], k_rows[j], weights[i % rows_h]]
                 results = self.term(builder, lane, [builder.load(place) for place in acc], operands)
                 for place, result in zip(acc, results, strict=True):
                     builder.store(result, place)
@@ -173,11 +187,14 @@ class Loop:
         rows_q, rows_k = rows
         row = VECTORS * lane.count
         self.run = compile_loop(Tile(op, lane, rows_q, rows_k))
-        both = ", both gradients at once" if op == "both" else ""
-        self.description = f"{lane.count} x {dtype} vectors, {rows_q} x {rows_k} pairs{both}"
+        how = {"both": ", both gradients at once", "multiplied": ", sums by multiply-adds"}.get(op, "")
+        self.description = f"{lane.count} x {dtype} vectors, {rows_q} x {rows_k} pairs{how}"
         sums = TERMS[op][1]
         sizes = (rows_q * row, rows_k * row, rows_q * row, sums * rows_q * rows_k * lane.count)
         self.buffers = [[aligned(size, dtype) for size in sizes] for _ in range(threads)]
+        if op == "multiplied":
+            for _, _, ones, _ in self.buffers:
+                ones[:] = 1
         self.pool = ThreadPoolExecutor(threads)
         self.passes = max(1, int(TERMS_PER_SAMPLE / (sums * rows_q * rows_k * row)))
         self.terms = self.passes * sums * rows_q * rows_k * row
@@ -218,11 +235,13 @@ class CpuLimit:
         summed_in = "float64" if dtype == "float64" else "float32"
         widest = vector_bytes()
         widths = list(dict.fromkeys((widest, max(16, widest // 2))))
-        loops = [Loop(op, summed_in, nbytes, rows, threads) for nbytes in widths for rows in TILES[nbytes]]
-        if op == "backward":
-            loops += [
-                Loop("both", summed_in, nbytes, rows, threads) for nbytes in widths for rows in TILES_BOTH[nbytes]
-            ]
+        other, tiles = ("both", TILES_BOTH) if op == "backward" else ("multiplied", TILES)
+        loops = [
+            Loop(kind, summed_in, nbytes, rows, threads)
+            for kind, rows_of in ((op, TILES), (other, tiles))
+            for nbytes in widths
+            for rows in rows_of[nbytes]
+        ]
         trials = [[loop.sample().core for loop in loops] for _ in range(TRIALS)]
         best = [min(times) for times in zip(*trials, strict=True)]
         self.loop, self.threads = loops[best.index(min(best))], threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 from pathlib import Path
@@ -161,15 +160,18 @@ def test_scores_numpy_alone_does_not_import_torch():
     assert child.run(code).strip() == "False"
 
 
-def flags_of_memory(address):
-    """What the operating system was asked to do with the mapping that ``address`` is in."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if place := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(place[1], 16) <= address < int(place[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    raise AssertionError(f"no mapping has {address:#x}")
+#: Prints what the operating system was asked to do with the memory of a result.
+FLAGS_OF_MEMORY = """
+import re, sys, torch, l1attn_cupy as l1
+query = torch.zeros(int(sys.argv[1]), 2)
+scores = l1.l1_scores(query, query)
+address, inside = scores.data_ptr() + scores.nbytes // 2, False
+for line in open("/proc/self/smaps"):
+    if place := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+        inside = int(place[1], 16) <= address < int(place[2], 16)
+    elif inside and line.startswith("VmFlags:"):
+        print(line)
+"""
 
 
 @pytest.mark.skipif(
@@ -177,7 +179,7 @@ def flags_of_memory(address):
 )
 @pytest.mark.parametrize("length, large", [(2048, True), (512, False)])
 def test_large_results_come_in_large_pages(length, large):
-    """As NumPy has it for its own: half the time to map them."""
-    query = torch.zeros(length, 2)
-    scores = l1.l1_scores(query, query)
-    assert ("hg" in flags_of_memory(scores.data_ptr() + scores.nbytes // 2)) == large
+    """As NumPy has it for its own: half the time to map them. In a new process: no other array had that memory before."""
+    flags = child.run(FLAGS_OF_MEMORY, str(length)).split()
+    assert "VmFlags:" in flags
+    assert ("hg" in flags) == large

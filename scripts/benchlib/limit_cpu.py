@@ -25,7 +25,11 @@ from benchlib.timing import Elapsed
 VECTORS = 32  # vectors per row: rows of at most 2 KiB, so a tile's rows fit in every L1 cache
 TERMS_PER_SAMPLE = 1e8  # per thread, a few milliseconds
 TRIALS = 7
-TILES = {64: ((4, 4), (4, 3)), 32: ((4, 2), (2, 3), (4, 1)), 16: ((4, 2),)}  # accumulators that fit in 32 or 16 registers
+TILES = {
+    64: ((4, 4), (4, 3)),
+    32: ((4, 2), (2, 3), (4, 1)),
+    16: ((4, 2),),
+}  # accumulators that fit in 32 or 16 registers
 TILES_BOTH = {64: ((4, 2), (3, 3)), 32: ((2, 2), (2, 1)), 16: ((2, 2),)}  # the same, with two for each pair
 SIGNS = 0xA9A9A888  # codes of VFIXUPIMM, by kind of number: NaN and 0 become 0, others 1 or -1
 

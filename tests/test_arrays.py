@@ -179,7 +179,7 @@ for line in open("/proc/self/smaps"):
 )
 @pytest.mark.parametrize("length, large", [(2048, True), (512, False)])
 def test_large_results_come_in_large_pages(length, large):
-    """As NumPy has it for its own: half the time to map them. In a new process: no other array had that memory before."""
+    """As NumPy has it for its own: half the time to map them. In a new process, where the memory was no other's."""
     flags = child.run(FLAGS_OF_MEMORY, str(length)).split()
     assert "VmFlags:" in flags
     assert ("hg" in flags) == large

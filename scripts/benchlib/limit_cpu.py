@@ -93,7 +93,7 @@ def forward_term(builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operan
 def multiplied_term(
     builder: ir.IRBuilder, lane: Lane, accs: list[ir.Value], operands: list[ir.Value]
 ) -> list[ir.Value]:
-    """acc + |q - k| * 1: the second addition by a fused multiply-add, for which some processors have units of their own."""
+    """acc + |q - k| * 1: an addition by a fused multiply-add, for which some processors have units of their own."""
     q, k, one = operands
     return [lane.multiply_add(builder, lane.fabs(builder, builder.fsub(q, k)), one, accs[0])]
 

@@ -48,8 +48,15 @@ HARD: dict[str, Callable[[str], tuple[Inputs, dict[str, Any]]]] = {
     "near ties": lambda dtype: _nearly_tied(dtype, 4e-3),
     "nearer ties": lambda dtype: _nearly_tied(dtype, 2e-3),
     "values with an offset": lambda dtype: (_given(dtype)._replace(value=_given(dtype).value + 8), NEGATIVE),
+    "rising scores": lambda dtype: (_rising(dtype), NEGATIVE),
     "long": lambda dtype: (testing_attention.inputs((3, 5), (9011, 5), 7, dtype), NEGATIVE),
 }
+
+
+def _rising(dtype: str) -> Inputs:
+    """The largest score of a query rises again and again, by more than what kernels may leave unscaled."""
+    given = _given(dtype)
+    return given._replace(mask=(torch.arange(70) * 0.5).expand(17, 70).to(given.query.dtype))
 
 
 def _but_one(dtype: str) -> torch.Tensor:

@@ -702,6 +702,29 @@ __device__ __forceinline__ void compute_again(int &x) {
 
 // ---- tiles in shared memory -----------------------------------------------------------------------------------
 
+// A thread's part of Width channels of Block rows, by 128-bit loads; `whole` says that all exist and are aligned.
+template <int Block, int Width>
+struct ByRegisters {
+    static const int GROUPS = Width / LOAD;  // 128-bit loads in a row
+    static const int STEP = THREADS / GROUPS;  // rows that all threads load at once
+    static const int MINE = (Block + STEP - 1) / STEP;
+    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
+    Load numbers[MINE];
+
+    __device__ __forceinline__ void fetch(const scalar_t *rows, int64 stride, int count, int channels, bool whole) {
+        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
+        const scalar_t *from = rows + first * stride + e;
+#pragma unroll
+        for (int n = 0; n < MINE; ++n, from += STEP * stride) {
+            if (whole && Block % STEP == 0) {
+                numbers[n] = *(const Load *)from;
+            } else {
+                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
+            }
+        }
+    }
+};
+
 // Block rows on their way, Width channels at a time, from global to shared memory: chunk[e][row]. fetch() may be called
 // while the chunk before is read; what put() stores is there after a barrier.
 template <int Block, int Width>
@@ -728,25 +751,13 @@ struct Transposed {
         }
     }
     __device__ __forceinline__ void put(Shared &) const { wait_async(); }
-#else  // by 128-bit loads to registers, where they become acc_t
-    static const int GROUPS = Width / LOAD;                // 128-bit loads in a row of a chunk
-    static const int STEP = THREADS / GROUPS;                // rows that all threads load at once
-    static const int MINE = (Block + STEP - 1) / STEP;
-    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
-    Load numbers[MINE];
+#else  // by registers, where they become acc_t
+    typedef ByRegisters<Block, Width> Rows;
+    static const int GROUPS = Rows::GROUPS, STEP = Rows::STEP, MINE = Rows::MINE;
+    Rows rows;
 
-    __device__ __forceinline__ void fetch(Shared &, const scalar_t *rows, int64 stride, int count, int channels,
-                                          bool whole) {
-        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
-        const scalar_t *from = rows + first * stride + e;
-#pragma unroll
-        for (int n = 0; n < MINE; ++n, from += STEP * stride) {
-            if (whole && Block % STEP == 0) {
-                numbers[n] = *(const Load *)from;
-            } else {
-                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
-            }
-        }
+    __device__ __forceinline__ void fetch(Shared &, const scalar_t *from, int64 stride, int count, int channels, bool whole) {
+        rows.fetch(from, stride, count, channels, whole);
     }
     __device__ __forceinline__ void put(Shared &chunk) const {
         const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
@@ -754,7 +765,7 @@ struct Transposed {
         for (int n = 0; n < MINE; ++n) {
             if (Block % STEP != 0 && first + n * STEP >= Block) break;
 #pragma unroll
-            for (int i = 0; i < LOAD; ++i) chunk[e + i][first + n * STEP] = to_acc(numbers[n].at[i]);
+            for (int i = 0; i < LOAD; ++i) chunk[e + i][first + n * STEP] = to_acc(rows.numbers[n].at[i]);
         }
     }
 #endif
@@ -808,23 +819,12 @@ struct Converted {
     }
     __device__ __forceinline__ void put(Shared &) const { wait_async(); }
 #else  // by registers, where they become acc_t
-    static const int GROUPS = Width / LOAD, STEP = THREADS / GROUPS;  // 128-bit loads in a row, rows loaded at once
-    static const int MINE = (Block + STEP - 1) / STEP;
-    static_assert(THREADS % GROUPS == 0, "all threads load whole rows together");
-    Load numbers[MINE];
+    typedef ByRegisters<Block, Width> Rows;
+    static const int GROUPS = Rows::GROUPS, STEP = Rows::STEP, MINE = Rows::MINE;
+    Rows rows;
 
-    __device__ __forceinline__ void fetch(Shared &, const scalar_t *rows, int64 stride, int count, int channels) {
-        const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
-        const bool whole = Block % STEP == 0 && count >= Block && channels >= Width && aligned_rows(rows, stride);
-        const scalar_t *from = rows + first * stride + e;
-#pragma unroll
-        for (int n = 0; n < MINE; ++n, from += STEP * stride) {
-            if (whole) {
-                numbers[n] = *(const Load *)from;
-            } else {
-                numbers[n] = load(from, first + n * STEP < count ? channels - e : 0);
-            }
-        }
+    __device__ __forceinline__ void fetch(Shared &, const scalar_t *from, int64 stride, int count, int channels) {
+        rows.fetch(from, stride, count, channels, count >= Block && channels >= Width && aligned_rows(from, stride));
     }
     __device__ __forceinline__ void put(Shared &chunk) const {
         const int first = threadIdx.x / GROUPS, e = threadIdx.x % GROUPS * LOAD;
@@ -835,7 +835,7 @@ struct Converted {
             for (int i = 0; i < LOAD; i += VEC) {
                 Vec group;
 #pragma unroll
-                for (int x = 0; x < VEC; ++x) group.at[x] = to_acc(numbers[n].at[i + x]);
+                for (int x = 0; x < VEC; ++x) group.at[x] = to_acc(rows.numbers[n].at[i + x]);
                 *(Vec *)&chunk[first + n * STEP][e + i] = group;
             }
         }

@@ -352,7 +352,7 @@ def has_tangents() -> bool:
 
 def is_transformed() -> bool:
     """Whether there may be tangents, or a transform of torch.func, within which ``requires_grad`` does not tell all."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return has_tangents() or torch._C._are_functorch_transforms_active()
 
 
 def is_batch(tensor: torch.Tensor) -> bool:

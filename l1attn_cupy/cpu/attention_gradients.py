@@ -31,7 +31,7 @@ from .attention import (
 )
 from .elements import apply_derivative, load_rows, store_rows
 from .jit import kernel
-from .scores import _address, _blocks, _load_panels, _scatter_any, padded_channels
+from .scores import _address, _blocks, _load_panels, _scatter_any, add, clear, padded_channels
 from .vector import lanes, pack, panel_width, peek, poke, scatter_rows, sign_scatter, sign_scatter_both
 from .vector_attention import CHANNELS_PER_SUM, softmax_backward_step, sum_products
 
@@ -159,7 +159,7 @@ def _backward(
     ``band`` and ``scalars`` are as in `attention.forward`, with x for the queries.
 
     ``parts``, (parts, batches, rows of y, E padded), are for dy, to which each adds what its share of the lines of
-    ``work`` gives; they are zeros. Without parts dy is left out.
+    ``work`` gives, line by line; they are zeros. Without parts dy is left out.
     """
     dtype, itemsize, sum_itemsize, kind = dtypes
     kept, summed, channels, channels_v = sizes
@@ -170,12 +170,12 @@ def _backward(
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded, padded_v = padded_channels(channels, scalars), padded_channels(channels_v, scalars)
     mask_itemsize = 1 if kind == BOOLEAN else itemsize
-    nothing = np.empty((1, 1, 1, padded), scalars.dtype)[0, 0, 0:0]
+    y_most = Y_ROWS if parts.size > 0 else 0
     for run in prange(runs):
         x_rows, dx_rows = np.empty((x_block, padded), scalars.dtype), np.empty((x_block, padded), scalars.dtype)
         xv_rows, dxv_rows = np.empty((x_block, padded_v), scalars.dtype), np.empty((x_block, padded_v), scalars.dtype)
         y_rows, yv_rows = np.empty((Y_ROWS, padded), scalars.dtype), np.empty((Y_ROWS, padded_v), scalars.dtype)
-        special = np.empty((Y_ROWS, padded_v), scalars.dtype)
+        special, dy_rows = np.empty((Y_ROWS, padded_v), scalars.dtype), np.empty((y_most, padded), scalars.dtype)
         x_panels = np.empty((x_block // width, padded, width), scalars.dtype)
         xv_panels = np.empty((x_block // width, padded_v, width), scalars.dtype)
         y_panels = np.empty((Y_ROWS // width, padded, width), scalars.dtype)
@@ -209,6 +209,8 @@ def _backward(
                     source = _address(yv, itemsize, index, batch, j0, 0)
                     _load_both(source, dtype, yv, columns, channels_v, yv_rows, yv_panels)
                     has_special = set_aside(yv_rows, columns, special)
+                    dy_tile = dy_rows[: min(columns, y_most)]
+                    clear(dy_tile)
                     if of_key:
                         _load_softmax(softmax, delta, sum_itemsize, index, batch, j0, columns, statistics)
                     for p in range(_blocks(rows, width)):
@@ -233,8 +235,9 @@ def _backward(
                             )
                         if dx.data != 0:
                             finite = apply_derivative(h[0, :columns], scores[:columns], score, scalars[0])
-                            dy_rows = parts[task // kept, entry, j0 : j0 + columns] if parts.size > 0 else nothing
-                            _scatter(x_rows, p * width, y_rows, h, count, columns, finite, dx_rows, dy_rows)
+                            _scatter(x_rows, p * width, y_rows, h, count, columns, finite, dx_rows, dy_tile)
+                    if y_most > 0:
+                        add(dy_tile, parts[task // kept, entry, j0 : j0 + columns])
             if dx.data != 0:
                 target = _address(dx, itemsize, entry * summed, batch, i0, 0)
                 store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column)

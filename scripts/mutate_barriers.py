@@ -6,13 +6,15 @@
 
 `__syncthreads()` is removed, `__syncthreads_and(x)` becomes `(x)`; then each variant of the file runs on a small
 problem. With the emulator's checks on, it must report an error, or the result must be wrong; the kernel as it is must
-be right. With the checks off, the table says in how many of the seeds the numbers are wrong; that is for information.
+be right. With the checks off, the table says in how many of the seeds the numbers are wrong; that is for information,
+and left out with --checks-only.
 Exit status 1 if a mutant survives, which says that its barrier is not needed or that a test is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
@@ -159,6 +161,7 @@ def main() -> int:
     parser.add_argument(
         "--kernels", type=Path, metavar="FOLDER", help="whose .cu files to mutate (default: the package's)"
     )
+    parser.add_argument("--checks-only", action="store_true", help="do not run the mutants without checks")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: at most 2)")
     options = parser.parse_args()
     files = sorted((options.kernels or registry.packaged_folder()).glob("*.cu"))
@@ -168,23 +171,24 @@ def main() -> int:
     print("Each barrier taken out, one at a time; what the emulator says (variants that differ: with |).\n")
     print(f"{'barrier':70} {'with checks':38} without checks")
     with tempfile.TemporaryDirectory(prefix="l1attn-mutants-") as folder:
-        rows = _run(todo, Path(folder), options.jobs)
+        rows = _run(todo, Path(folder), options)
     bad = sum([_print_row(mutant, *found) for mutant, found in zip(todo, rows, strict=True)])
     print(f"\n{bad} NOT OK" if bad else f"\nAll {sum(mutant.line > 0 for mutant in todo)} mutants were noticed.")
     return 1 if bad else 0
 
 
-def _run(todo: list[Mutant], folder: Path, jobs: int) -> list[tuple[list[str], list[str]]]:
+def _run(todo: list[Mutant], folder: Path, options: argparse.Namespace) -> list[tuple[list[str], list[str]]]:
     """The outcomes of all mutants with checks and without, each in a folder of its own."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, 2 * len(todo)), context) as pool:
+    with ProcessPoolExecutor(min(options.jobs, 2 * len(todo)), context) as pool:
 
         def start(mutant: Mutant, check: bool) -> Future[list[str]]:
             own = Path(tempfile.mkdtemp(dir=folder))
             return pool.submit(outcomes, mutant, str(own), check)
 
-        futures = [(start(mutant, True), start(mutant, False)) for mutant in todo]
-        return [(checked.result(), unchecked.result()) for checked, unchecked in futures]
+        checked = [start(mutant, True) for mutant in todo]
+        unchecked = [] if options.checks_only else [start(mutant, False) for mutant in todo]
+        return [(x.result(), y.result() if y else []) for x, y in itertools.zip_longest(checked, unchecked)]
 
 
 def _print_row(mutant: Mutant, checked: list[str], unchecked: list[str]) -> bool:

@@ -124,13 +124,22 @@ def test_distributed_on_gpus(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("example", [example for example in readme_examples() if "torchrun" in example])
 def test_readme_example_of_several_processes(compiled, example, tmp_path):
-    """Started as it says."""
-    (tmp_path / "ring.py").write_text(example)
+    """Started as it says.
+
+    Once in some hundred times torch aborts while the interpreter ends, when a thread of Gloo lets go of a tensor too
+    late (pytorch/pytorch#179291). Where both processes had come to the end of the example, it is started once more.
+    """
+    (tmp_path / "ring.py").write_text(example + "print('the end', flush=True)\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ring.py"]
-    done = subprocess.run(
-        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    for _ in range(2):
+        done = subprocess.run(
+            command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+        assert done.stdout.count("the end") == 2, done.stdout + done.stderr
+        if done.returncode == 0:
+            return
+        assert "terminate called without an active exception" in done.stderr, done.stderr
+    pytest.fail(f"twice:\n{done.stderr}")
 
 
 def test_ring_needs_a_process_group():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchlib.peers import OURS
 from benchlib.timing import Row
+from l1attn_cupy.cpu.vector import register_bytes
 
 PACKAGES = (
     "l1attn_cupy",
@@ -120,7 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name of the CPU model and the number of cores this process may use."""
+    """Name of the CPU model, the number of cores this process may use, and the width of their vectors."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = platform.processor() or platform.machine()
     try:
@@ -128,7 +129,7 @@ def processor() -> str:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {cores} cores, {platform.machine()}"
+    return f"{name}, {cores} cores, {platform.machine()}, {8 * register_bytes()}-bit vectors"
 
 
 class Neighbours:

@@ -48,6 +48,11 @@ def describe(array: Any) -> ArraySpec:
     return ArraySpec("numpy", array.shape, strides, array.dtype.name, "cpu", layout)
 
 
+def describe_traced(tensor: Any) -> ArraySpec:
+    """`describe` in code that torch traces, where nothing can be looked up."""
+    return _describe_tensor.__wrapped__(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, "strided")
+
+
 @functools.lru_cache(maxsize=1024)
 def _describe_tensor(shape: Shape, strides: Shape, dtype: Any, device: Any, layout: Any) -> ArraySpec:
     """From what torch calls them; looked up, as each step of training asks of the same layouts."""
@@ -61,6 +66,8 @@ def accept(name: str, array: Any) -> Any:
     Copied are only NumPy arrays whose numbers are byte-swapped, unaligned, or strided by a fraction of an item.
     """
     if isinstance(array, np.ndarray):
+        if not isinstance(array, np.ma.MaskedArray):
+            array = np.asarray(array)  # np.matrix and others give their own meaning to functions of NumPy
         whole = all(stride % max(array.itemsize, 1) == 0 for stride in array.strides)
         if array.dtype.isnative and array.flags.aligned and whole:
             return array
@@ -102,8 +109,8 @@ def _accept_dlpack(name: str, array: Any) -> Any:
             f"{type(array).__qualname__} of dtype {dtype}: {error}"
         ) from error
     raise ValueError(
-        f"{name} must be on the CPU or on a CUDA device, got an array of {type(array).__module__} "
-        f"with DLPack device type {device_type}"
+        f"{name} must be on the CPU, or a CuPy array or torch tensor on a CUDA device, got an array of "
+        f"{type(array).__module__} with DLPack device type {device_type}; cupy.from_dlpack takes those of CUDA, type 2"
     )
 
 
@@ -226,7 +233,12 @@ def converted(array: Any, dtype: str) -> Any:
 def integers(name: str, numbers: Any) -> np.ndarray:
     """A tensor, array or sequence of integers, as int64 on the CPU."""
     if is_torch(numbers):
-        check_dense(name, describe(numbers))
+        spec = describe(numbers)
+        check_dense(name, spec)
+        if sys.modules["torch"]._C._functorch.is_batchedtensor(numbers):
+            raise TypeError(f"{name} must be the same for all that torch.func.vmap maps over, got one for each")
+        if "int" not in spec.dtype:
+            raise TypeError(f"{name} must be one-dimensional and of integers, got a tensor of {spec.dtype}")
         with sys.modules["torch"]._C._DisableFuncTorch():  # whose transforms would wrap what has numbers
             given = numbers.detach().cpu().numpy()
     elif is_cupy(numbers):

@@ -277,7 +277,7 @@ def l1_attention_varlen(
         return (out, lse) if return_lse else out
     given = _accept(query=query, key=key, value=value)
     for name, array in given.items():
-        plan_attention.check_packed(name, tuple(array.shape))
+        plan_attention.check_packed(name, arrays.describe(array))
     ends = arrays.integers("cu_seqlens_q", cu_seqlens_q), arrays.integers("cu_seqlens_k", cu_seqlens_k)
     segments = plan_attention.segments(*ends, len(given["query"]), len(given["key"]))
     given = {name: array.swapaxes(0, 1) for name, array in given.items()} | {"attn_mask": None}

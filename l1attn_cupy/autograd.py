@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -355,6 +355,25 @@ def is_transformed() -> bool:
     return has_tangents() or torch._C._are_functorch_transforms_active()
 
 
+def check_not_differentiated(name: str, given: Iterable[Any]) -> None:
+    """Raise where a transform of torch.func differentiates the backward function of ``name``: it would get zeros."""
+    if is_transformed() and any(isinstance(x, torch.Tensor) and _is_differentiated(x) for x in given):
+        raise NotImplementedError(
+            f"{name}_backward cannot be differentiated, and an argument of it is by torch.func; differentiate {name} "
+            "twice instead, or detach() the arguments"
+        )
+
+
+def _is_differentiated(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func, or forward mode, differentiates by ``tensor``, also one that others wrap."""
+    if tensor.requires_grad and torch._C._functorch.is_gradtrackingtensor(tensor):
+        return True
+    if has_tangents() and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    inner = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return inner and _is_differentiated(torch._C._functorch.get_unwrapped(tensor))
+
+
 def is_batch(tensor: torch.Tensor) -> bool:
     """Whether it stands for a batch that ``is_grads_batched`` of `torch.autograd.grad` maps over."""
     return "Batched" in str(torch._C._dispatch_keys(tensor))
@@ -450,6 +469,7 @@ def l1_scores_backward(
     options = (score, scale, eps, backend, variant)
     if not torch.compiler.is_compiling():
         options = plan.option_types(*options)
+        check_not_differentiated("l1_scores", (grad, query, key, scores))
         if not all(map(dispatches, (grad, query, key) if scores is None else (grad, query, key, scores))):
             call = plan.scores(spec_of("query", query), spec_of("key", key), *options)
             saved = None if scores is None else spec_of("scores", scores)

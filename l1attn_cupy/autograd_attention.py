@@ -19,6 +19,7 @@ from . import (
 )
 from .autograd import (
     Differentiable,
+    check_not_differentiated,
     dispatches,
     has_tangents,
     in_both_forms,
@@ -218,6 +219,7 @@ def attention_backward(
     """`l1attn_cupy.l1_attention_backward` for torch tensors: all four gradients; not itself differentiable."""
     if not torch.compiler.is_compiling():
         _check(given, options, saved=saved, always=True)
+        check_not_differentiated("l1_attention", (*given.values(), *saved.values()))
     mask = given["attn_mask"]
     plan_attention.check_dmask(None if mask is None else spec_of("attn_mask", mask), return_dmask)
     summed = "float64" if given["query"].dtype is torch.float64 else "float32"
@@ -242,7 +244,7 @@ def attention_varlen(
         return uncompiled.forward_mode_or_transforms(attention_varlen, *given.values(), *ends, options, return_lse)
     if not torch.compiler.is_compiling():
         for name, array in given.items():
-            plan_attention.check_packed(name, spec_of(name, array).shape)
+            plan_attention.check_packed(name, spec_of(name, array))
         cu_seqlens_q = arrays.integers("cu_seqlens_q", cu_seqlens_q)
         cu_seqlens_k = arrays.integers("cu_seqlens_k", cu_seqlens_k)
         if has_tangents():

@@ -329,10 +329,11 @@ def check_dmask(mask: ArraySpec | None, wanted: bool, name: str = "return_dmask"
         raise ValueError(f"{name} needs an attn_mask that is added to the scores, got {got}")
 
 
-def check_packed(name: str, shape: Shape) -> None:
-    """Raise unless ``shape`` is that of packed sequences."""
-    if len(shape) != 3:
-        raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got {shape}")
+def check_packed(name: str, spec: ArraySpec) -> None:
+    """Raise unless ``spec`` is a dense array of the shape of packed sequences."""
+    plan.check_dense(name, spec)
+    if len(spec.shape) != 3:
+        raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got {spec.shape}")
 
 
 def check_both_ends(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:

@@ -110,7 +110,8 @@ def multihead_nested() -> NoReturn:
     """Raise for nested tensors."""
     raise TypeError(
         "query, key and value must be dense tensors, got a nested one; torch.nn.TransformerEncoder makes it of padded "
-        "batches: give it enable_nested_tensor=False, or replace self_attn before the encoder is built"
+        "batches: give it enable_nested_tensor=False, replace self_attn before the encoder is built, or, as for the "
+        "encoder of torch.nn.Transformer, set its use_nested_tensor to False"
     )
 
 

@@ -74,7 +74,9 @@ def quantize_for_l1(query: Any, key: Any, *, dtype: str = "int8", enable_gqa: bo
     """
     plan_quantized.quantize_types(dtype, enable_gqa)
     q, k = arrays.accept("query", query), arrays.accept("key", key)
-    if not _has_no_numbers(q):  # there torch raises errors of its own
+    if _is_traced(q) and arrays.is_torch(k):
+        plan_quantized.quantize.__wrapped__(*map(arrays.describe_traced, (q, k)), dtype, enable_gqa)
+    else:
         plan_quantized.quantize(arrays.describe(q), arrays.describe(k), dtype, enable_gqa)
     if arrays.is_torch(q):
         from . import operators_quantized
@@ -90,7 +92,7 @@ def quantize_for_l1(query: Any, key: Any, *, dtype: str = "int8", enable_gqa: bo
     return tuple(arrays.give_back(x, like) for x, like in zip(results, (query, key, query), strict=True))
 
 
-def _has_no_numbers(array: Any) -> bool:
+def _is_traced(array: Any) -> bool:
     return arrays.is_torch(array) and sys.modules["torch"].compiler.is_compiling()
 
 

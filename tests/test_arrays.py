@@ -101,7 +101,9 @@ def test_scores_foreign_on_another_device(name, foreign_module):
     query, key, _ = numbers()
     arguments = {"query": ForeignArray(query), "key": ForeignArray(key)}
     arguments[name].device_type = 8  # Metal
-    with pytest.raises(ValueError, match=f"{name} must be on the CPU or on a CUDA device, .* DLPack device type 8"):
+    with pytest.raises(
+        ValueError, match=f"{name} must be on the CPU, or a CuPy array or torch tensor on .* DLPack device type 8"
+    ):
         l1.l1_scores(**arguments)
 
 

@@ -294,6 +294,29 @@ def test_window_beyond_any_length_is_no_limit():
     assert torch.equal(out, l1.l1_attention(query, key, value))
 
 
+@pytest.mark.parametrize(
+    "ends",
+    [torch.tensor([0, 3]).bfloat16(), torch.tensor([0.0, 3.0]), torch.tensor([0, 3j]).imag],
+    ids=["bfloat16", "float32", "negative bit"],
+)
+def test_cu_seqlens_of_other_dtypes(ends):
+    x = torch.zeros(3, 1, 2)
+    with pytest.raises(TypeError, match="cu_seqlens_q must be one-dimensional and of integers, got a tensor of"):
+        l1.l1_attention_varlen(x, x, x, ends, [0, 3])
+
+
+def test_cu_seqlens_are_not_mapped_over():
+    x, ends = torch.zeros(2, 3, 1, 2), torch.tensor([[0, 3], [0, 3]])
+    with pytest.raises(TypeError, match="cu_seqlens_q must be the same for all that .* maps over"):
+        torch.func.vmap(lambda x, ends: l1.l1_attention_varlen(x, x, x, ends, ends))(x, ends)
+
+
+def test_varlen_nested():
+    nested, x = torch.nested.nested_tensor([torch.zeros(2, 1, 2)]), torch.zeros(3, 1, 2)
+    with pytest.raises(TypeError, match="query must be a dense array, got a nested one"):
+        l1.l1_attention_varlen(nested, x, x, [0, 3], [0, 3])
+
+
 def test_cu_seqlens_of_any_sequence_but_not_of_bools():
     x = torch.randn(6, 1, 2)
     ends = range(0, 7, 3)

@@ -372,3 +372,26 @@ def test_emulator_second_derivatives_of_a_variant():
         (dquery,) = torch.autograd.grad(l1.l1_scores(query, key, **call, **OPTIONS).sum(), query, create_graph=True)
         found.append(torch.autograd.grad(dquery.pow(2).sum(), key)[0])
     torch.testing.assert_close(*found)
+
+
+BACKWARD = {
+    "scores": lambda x: l1.l1_scores_backward(torch.ones(3, 3), x, x)[0],
+    "attention": lambda x: l1.l1_attention_backward(x, x, x, x, torch.ones(3, 4), torch.ones(3))[0],
+}
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x.expand(2, 3, 4)),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum())(x.expand(2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_functions_are_not_differentiated(name, transform):
+    """An error, not zeros; where nothing is differentiated by them they do."""
+    x = torch.randn(3, 4)
+    with pytest.raises(NotImplementedError, match=f"l1_{name}_backward cannot be differentiated"):
+        TRANSFORMS[transform](BACKWARD[name], x)
+    assert torch.func.vmap(BACKWARD[name])(x.expand(2, 3, 4)).shape == (2, 3, 4)
+    torch.func.grad(lambda y: (y * BACKWARD[name](x)).sum())(x)

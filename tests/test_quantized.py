@@ -292,6 +292,32 @@ def test_quantize_error(case):
         l1.quantize_for_l1(*arguments, **options)
 
 
+TRACED = {
+    "dtype": lambda q, k: l1.quantize_for_l1(q, k, dtype="int16"),
+    "dtypes that differ": lambda q, k: l1.quantize_for_l1(q, k.double()),
+    "integers": lambda q, k: l1.quantize_for_l1(q.int(), k.int()),
+    "one dimension": lambda q, k: l1.quantize_for_l1(q[0], k[0]),
+    "head_dim": lambda q, k: l1.quantize_for_l1(q, k[..., :1]),
+}
+
+
+@pytest.mark.parametrize("case", TRACED)
+def test_quantize_error_in_compiled_code(case):
+    """Where torch traces the call it is an error too."""
+    torch.compiler.reset()
+    compiled = torch.compile(TRACED[case], backend="aot_eager", fullgraph=True)
+    with pytest.raises((TypeError, ValueError, torch._dynamo.exc.Unsupported), match=r"must|Observed exception"):
+        compiled(torch.ones(3, 4), torch.ones(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_quantize_matrix():
+    """A matrix is a NumPy array with functions of its own; what comes is an array."""
+    q8, k8, _ = l1.quantize_for_l1(X[0], np.matrix(X[0]))
+    assert type(k8) is np.ndarray
+    assert (q8 == k8).all()
+
+
 def test_quantized_has_no_gradient():
     """What could be differentiated by is an error, not a gradient of 0."""
     query, key = (torch.from_numpy(x) for x in (B, B))

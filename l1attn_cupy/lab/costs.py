@@ -46,11 +46,6 @@ class Costs:
         """All instructions of the hot loop for each term: what the scheduler issues."""
         return sum(self.kinds.values()) / self.terms if self.terms else None
 
-    @property
-    def arithmetic_per_term(self) -> float | None:
-        """The floating-point instructions among them."""
-        return self.kinds.get("arithmetic", 0) / self.terms if self.terms else None
-
 
 def costs(variant: Variant, dtype: str, arch: str = ARCH) -> Costs:
     """Compile ``variant``, or look it up.

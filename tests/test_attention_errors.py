@@ -307,7 +307,7 @@ def test_cu_seqlens_of_other_dtypes(ends):
 
 def test_cu_seqlens_are_not_mapped_over():
     x, ends = torch.zeros(2, 3, 1, 2), torch.tensor([[0, 3], [0, 3]])
-    with pytest.raises(TypeError, match="cu_seqlens_q must be the same for all that .* maps over"):
+    with pytest.raises(TypeError, match=r"cu_seqlens_q must be the same for all that .* maps over"):
         torch.func.vmap(lambda x, ends: l1.l1_attention_varlen(x, x, x, ends, ends))(x, ends)
 
 

@@ -7,6 +7,7 @@ vector per pair of a small tile of rows. `instructions` reads back, from the dis
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import Counter
@@ -204,15 +205,18 @@ class Loop:
         self.terms = self.passes * sums * rows_q * rows_k * row
         self.run(*self.buffers[0], VECTORS, 1)
 
-    def _timed(self, buffers: list[np.ndarray]) -> tuple[float, float, float]:
-        """(start, end, seconds this thread had of a core)."""
+    def _timed(self, buffers: list[np.ndarray], core: int) -> tuple[float, float, float]:
+        """(start, end, seconds this thread had of a core); on ``core``, as two short samples may share one otherwise."""
+        if core >= 0:
+            os.sched_setaffinity(0, {core})  # of this thread alone
         start, used = time.perf_counter(), time.thread_time()
         self.run(*buffers, VECTORS, self.passes)
         return start, time.perf_counter(), time.thread_time() - used
 
     def sample(self) -> Elapsed:
         """Seconds of 1e9 terms by all threads together: from first start to last end, and of core time."""
-        spans = list(self.pool.map(self._timed, self.buffers))
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        spans = list(self.pool.map(self._timed, self.buffers, [*cores, *[-1] * len(self.buffers)]))
         wall = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
         share = 1e9 / (len(spans) * self.terms)
         return Elapsed(wall * share, sum(used for *_, used in spans) * share)

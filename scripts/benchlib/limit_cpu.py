@@ -206,7 +206,7 @@ class Loop:
         self.run(*self.buffers[0], VECTORS, 1)
 
     def _timed(self, buffers: list[np.ndarray], core: int) -> tuple[float, float, float]:
-        """(start, end, seconds this thread had of a core); on ``core``, as two short samples may share one otherwise."""
+        """(start, end, seconds this thread had of a core), on ``core``: two short samples may share one otherwise."""
         if core >= 0:
             os.sched_setaffinity(0, {core})  # of this thread alone
         start, used = time.perf_counter(), time.thread_time()

@@ -357,21 +357,30 @@ def is_transformed() -> bool:
 
 def check_not_differentiated(name: str, given: Iterable[Any]) -> None:
     """Raise where a transform of torch.func differentiates the backward function of ``name``: it would get zeros."""
-    if is_transformed() and any(isinstance(x, torch.Tensor) and _is_differentiated(x) for x in given):
+    tensors = (x for x in given if isinstance(x, torch.Tensor))
+    if is_transformed() and any(is_differentiated(x, by_autograd=False) for x in tensors):
         raise NotImplementedError(
             f"{name}_backward cannot be differentiated, and an argument of it is by torch.func; differentiate {name} "
             "twice instead, or detach() the arguments"
         )
 
 
-def _is_differentiated(tensor: torch.Tensor) -> bool:
-    """Whether a transform of torch.func, or forward mode, differentiates by ``tensor``, also one that others wrap."""
-    if tensor.requires_grad and torch._C._functorch.is_gradtrackingtensor(tensor):
+def is_differentiated(tensor: torch.Tensor, by_autograd: bool = True) -> bool:
+    """Whether forward mode or a transform of torch.func differentiates by ``tensor``, or autograd if that counts.
+
+    Also by one that `torch.func.vmap` has wrapped in it.
+    """
+    functorch = torch._C._functorch
+    tracked = tensor.requires_grad and torch.is_grad_enabled()
+    if tracked and (by_autograd or functorch.is_gradtrackingtensor(tensor)):
         return True
-    if has_tangents() and forward_ad.unpack_dual(tensor).tangent is not None:
+    compiled = torch.compiler.is_compiling()  # there nothing is wrapped
+    batched = not compiled and functorch.is_batchedtensor(tensor)  # whose tangent is that of what it wraps
+    may_have_tangent = has_tangents() and not batched and tensor.is_floating_point()
+    if may_have_tangent and forward_ad.unpack_dual(tensor).tangent is not None:
         return True
-    inner = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return inner and _is_differentiated(torch._C._functorch.get_unwrapped(tensor))
+    wrapped = not compiled and functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped and is_differentiated(functorch.get_unwrapped(tensor), by_autograd)
 
 
 def is_batch(tensor: torch.Tensor) -> bool:

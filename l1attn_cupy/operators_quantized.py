@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from . import arrays, operators_attention, plan, plan_attention, plan_quantized, run, run_attention
-from .autograd import dispatches, has_tangents, spec_of, under_autocast
+from .autograd import dispatches, is_differentiated, spec_of, under_autocast
 from .operators import _OPTIONS, TAGS, broadcast, library, own_shape, with_batch_first
 from .plan_attention import AttentionOptions
 
@@ -115,10 +114,4 @@ def l1_attention(
 
 def check_no_gradient(given: dict[str, torch.Tensor]) -> None:
     """Raise for what somebody would differentiate by."""
-    plan_quantized.check_no_gradient(**{name: _is_differentiated(array) for name, array in given.items()})
-
-
-def _is_differentiated(array: torch.Tensor) -> bool:
-    if array.requires_grad and torch.is_grad_enabled():
-        return True
-    return has_tangents() and array.is_floating_point() and forward_ad.unpack_dual(array).tangent is not None
+    plan_quantized.check_no_gradient(**{name: is_differentiated(array) for name, array in given.items()})

@@ -294,10 +294,13 @@ def test_window_beyond_any_length_is_no_limit():
     assert torch.equal(out, l1.l1_attention(query, key, value))
 
 
+QUANTIZED = torch.quantize_per_tensor(torch.tensor([0.0, 3.0]), 1.0, 0, torch.qint32)
+
+
 @pytest.mark.parametrize(
     "ends",
-    [torch.tensor([0, 3]).bfloat16(), torch.tensor([0.0, 3.0]), torch.tensor([0, 3j]).imag],
-    ids=["bfloat16", "float32", "negative bit"],
+    [torch.tensor([0, 3]).bfloat16(), torch.tensor([0.0, 3.0]), torch.tensor([0, 3j]).imag, QUANTIZED],
+    ids=["bfloat16", "float32", "negative bit", "qint32"],
 )
 def test_cu_seqlens_of_other_dtypes(ends):
     x = torch.zeros(3, 1, 2)

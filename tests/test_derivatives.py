@@ -381,6 +381,7 @@ BACKWARD = {
 TRANSFORMS = {
     "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jvp of vmap": lambda f, x: torch.func.jvp(torch.func.vmap(f), (x.expand(2, 3, 4),), (x.expand(2, 3, 4),)),
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x.expand(2, 3, 4)),
     "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum())(x.expand(2, 3, 4)),
 }

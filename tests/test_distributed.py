@@ -126,8 +126,8 @@ def test_distributed_on_gpus(tmp_path):
 def test_readme_example_of_several_processes(compiled, example, tmp_path):
     """Started as it says.
 
-    Once in some hundred times torch aborts while the interpreter ends, when a thread of Gloo lets go of a tensor too
-    late (pytorch/pytorch#179291). Where both processes had come to the end of the example, it is started once more.
+    Once in some fifty starts a process aborts while its interpreter ends, probably as in pytorch/pytorch#179291, where
+    a thread of Gloo lets go of a tensor too late. Where both had come to the end of the example, it is started again.
     """
     (tmp_path / "ring.py").write_text(example + "print('the end', flush=True)\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ring.py"]

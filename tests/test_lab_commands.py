@@ -175,22 +175,19 @@ def test_new_without_a_folder(capsys, monkeypatch):
 
 @needs_tools
 def test_list_has_every_variant(capsys, folder):
-    """A line for each; the machine code of those of one operation once more, to compare."""
     damaged(folder, NAME)
     status, text = lab(capsys, "list")
     assert status == 0, text
     for variant in registry.variants():
         row = next(line for line in text.splitlines() if line.startswith(f"{variant.path.name}:{variant.line} "))
+        ptx = machine_code.compile_ptx(variant, variant.dtypes[0])
+        resources = machine_code.assemble(ptx, shared=variant.shared)[1]
         words = row.split()
         chosen = {f"{key}={value}" for key, value in variant.parameters.items() if key not in variant.choices}
         below = [line for line in text.splitlines() if re.match(rf"{variant.name}:{variant.line} ", line)]
         assert any(chosen <= set(line.split()) for line in below)
-        assert words[-4] == str(variant.rank)
+        assert words[-4:-1] == [str(variant.rank), str(resources.registers), str(resources.shared)]
         assert words[-1].endswith("%")
-        if variant.op == "scores_backward":
-            ptx = machine_code.compile_ptx(variant, variant.dtypes[0])
-            resources = machine_code.assemble(ptx, shared=variant.shared)[1]
-            assert words[-3:-1] == [str(resources.registers), str(resources.shared)]
 
 
 @needs_tools

@@ -318,6 +318,19 @@ def test_quantize_matrix():
     assert (q8 == k8).all()
 
 
+def test_quantize_within_vmap_is_not_differentiated():
+    """Nor where `vmap` hides who differentiates."""
+    x = torch.randn(2, 3, 4)
+
+    def scales(x):
+        return torch.func.vmap(lambda a: l1.quantize_for_l1(a, a)[2].sum())(x).sum()
+
+    with pytest.raises(TypeError, match="query must not require a gradient"):
+        torch.func.grad(scales)(x)
+    with pytest.raises(TypeError, match="query must not require a gradient"):
+        torch.func.jvp(scales, (x,), (x,))
+
+
 def test_quantized_has_no_gradient():
     """What could be differentiated by is an error, not a gradient of 0."""
     query, key = (torch.from_numpy(x) for x in (B, B))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from benchlib.peers import OURS
 from benchlib.timing import Row
-from l1attn_cupy.cpu.vector import register_bytes
 
 PACKAGES = (
     "l1attn_cupy",
@@ -129,7 +128,9 @@ def processor() -> str:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {cores} cores, {platform.machine()}, {8 * register_bytes()}-bit vectors"
+    from benchlib.limit_cpu import vector_bytes  # imports Numba
+
+    return f"{name}, {cores} cores, {platform.machine()}, {8 * vector_bytes()}-bit vectors"
 
 
 class Neighbours:

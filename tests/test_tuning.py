@@ -240,3 +240,16 @@ def test_default_forward_can_be_tuned():
     """`lab tune` has something to try without a file of one's own."""
     for dtype in ("float32", "float16", "bfloat16"):
         assert registry.choose("scores_forward", dtype, {"q": 1024, "k": 1024, "e": 64}, None).choices
+
+
+# ---- the packaged files -------------------------------------------------------------------------------------------
+
+
+def test_packaged_entries_are_used():
+    """Each fits the line that a call of its shape comes to, on the device that it was timed on."""
+    ends = {"L": "q", "S": "k", "E": "e"}
+    for entry in tuning.entries():
+        sizes = {ends[part[0]]: int(part[3:]) for part in entry.shape.split()}
+        variant = registry.choose(entry.op, entry.dtype, sizes, entry.variant)
+        assert tuning.entry_for(variant, entry.dtype, sizes, (entry.device,)) == entry
+    assert {entry.device for entry in tuning.entries()} == {"NVIDIA H100 80GB HBM3"}

@@ -38,8 +38,8 @@ part() { # part NAME COMMAND...: its output to OUT/NAME.log; stopped as by Ctrl-
     echo "$name: exit status $status after $((SECONDS - start)) s; the end of $name.log:"
     tail -n 12 "$out/$name.log"
 }
-# Most of their time is compilation: on several processes where pytest-xdist is installed, two fewer than cores.
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n $(($(nproc) > 3 ? $(nproc) - 2 : 1))) || workers=()
+# Most of their time is compilation: on several processes where pytest-xdist is installed. Each takes GPU memory.
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n $(($(nproc) < 14 ? $(nproc) : 14))) || workers=()
 part tests "$python" -m pytest "${workers[@]}" -m gpu --require-gpu -p no:cacheprovider -q -rs --durations=10 \
     --junitxml="$out/tests.xml" tests
 part check "$python" scripts/check.py --backend cuda

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -186,6 +187,30 @@ def test_stale_entry_is_not_used_and_said(folder):
     write(folder, entry(variant="gone"))
     with pytest.warns(UserWarning, match="there is no variant gone of scores_forward"):
         assert used() == 32
+
+
+def test_own_kernel_instead_of_a_packaged_one_is_no_stale_entry(folder):
+    """The packaged entries are for the packaged kernel; one's own of that name need not have its lists."""
+    packaged = {(one.op, one.variant) for one in tuning.entries()}
+    assert ("scores_forward", "tiled") in packaged
+    file = registry.packaged_folder() / "scores_forward_tiled.cu"
+    text = re.sub(r"(=\d+)(,\d+)+", r"\1", file.read_text())
+    (folder / file.name).write_text(text)
+    assert not registry.read(folder / file.name)[0].choices
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        l1.l1_scores(QUERY, KEY, backend="emulator", variant="tiled")
+
+
+def test_entry_of_a_broken_kernel_is_no_error_of_others(folder):
+    """Who tries another file is not stopped by it."""
+    damaged(folder, NAME, LISTS, SHOW)
+    broken = damaged(folder, "scores_forward_broken.cu", ("rank=0", "speed=9"))
+    write(folder, entry(), entry(variant="broken"))
+    assert [one.variant for one in tuning.entries()][:2] == ["mine", "broken"]
+    broken.unlink()
+    with pytest.warns(UserWarning, match="there is no variant broken of scores_forward"):
+        assert used() == 64
 
 
 # ---- bad files ----------------------------------------------------------------------------------------------------

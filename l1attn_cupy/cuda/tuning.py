@@ -91,7 +91,7 @@ def entries() -> list[Entry]:
 
 @functools.lru_cache(maxsize=8)
 def _entries(_generation: int) -> tuple[dict[tuple[str, ...], Entry], ...]:
-    """For each folder its entries by key. One that fits no kernel any more is left out, with a warning."""
+    """For each folder its entries by key. One of the user's that fits no kernel any more is not used, with a warning."""
     found = []
     for folder in registry.folders():
         table: dict[tuple[str, ...], Entry] = {}
@@ -101,13 +101,18 @@ def _entries(_generation: int) -> tuple[dict[tuple[str, ...], Entry], ...]:
                     raise KernelError(f"{entry.where}: {table[entry.key].where} is already for {', '.join(entry.key)}")
                 table[entry.key] = entry
         found.append(table)
-        for entry in table.values():
-            _warn_if_stale(entry)
+        if folder != registry.packaged_folder():  # whose entries fit its own kernels, if not the user's of the same name
+            for entry in table.values():
+                _warn_if_stale(entry)
     return tuple(found)
 
 
 def _warn_if_stale(entry: Entry) -> None:
-    lines = [variant for variant in registry.variants(entry.op) if variant.name == entry.variant]
+    files = [folder / f"{entry.op}_{entry.variant}.cu" for folder in registry.folders()]
+    try:
+        lines = next((registry.read(file) for file in files if file.is_file()), ())
+    except KernelError:
+        return  # an error of those who use that kernel, not of all who look for another
     if not any(entry.fits(variant) for variant in lines):
         chosen = " ".join(f"{name}={value}" for name, value in entry.parameters.items())
         places = ", ".join(variant.where for variant in lines) or f"there is no variant {entry.variant} of {entry.op}"

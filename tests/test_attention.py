@@ -14,6 +14,7 @@ import l1attn_cupy as l1
 from l1attn_cupy import plan, plan_attention, reference, testing_attention
 from l1attn_cupy.cpu import attention_backend, threads, vector_attention
 from l1attn_cupy.cpu.jit import kernel
+from l1attn_cupy.cpu.vector import all_finite, lanes
 from l1attn_cupy.testing_attention import ExpectedAttention, Inputs
 
 
@@ -421,6 +422,26 @@ def test_attention_runs_share_causal_work_evenly(runs):
         shares[run] += int(cost[task]) if task < len(cost) else 0
     assert sum(shares) == cost.sum()
     assert runs == 64 or max(shares) <= 1.06 * sum(shares) / runs
+
+
+@kernel()
+def _all_finite(rows, count):
+    return all_finite(rows, count)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_all_finite_at_every_place(dtype):
+    """Of rows one to seven registers long; beyond ``count`` there may be anything."""
+    step = lanes(np.dtype(dtype).itemsize)
+    for columns, number in itertools.product((step, 3 * step, 7 * step), (np.nan, np.inf, -np.inf)):
+        rows = np.full((3, columns), np.finfo(dtype).max, dtype)
+        rows[2] = np.nan
+        assert _all_finite(rows, 2)
+        assert not _all_finite(rows, 3)
+        for place in np.ndindex(2, columns):
+            kept, rows[place] = rows[place], number
+            assert not _all_finite(rows, 2)
+            rows[place] = kept
 
 
 @kernel()

@@ -19,7 +19,7 @@ from cases import (
 
 import l1attn_cupy as l1
 from l1attn_cupy import reference, testing
-from l1attn_cupy.cpu import threads
+from l1attn_cupy.cpu import scores, threads
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -207,6 +207,18 @@ def test_scores_same_bits_wherever_a_row_sits(dtype):
     assert_identical(l1.l1_scores(query[3], key[3]), whole[3])
     assert_identical(l1.l1_scores(query[3, 40:41], key[3]), whole[3, 40:41])
     assert_identical(l1.l1_scores(query[3], key[3, 90:]), whole[3, :, 90:])
+
+
+@pytest.mark.parametrize("length_k", [1024, 1000, 1027])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scores_large_result(dtype, length_k):
+    """One that is written past the caches, where rows begin with a cache line, is that of small ones, bit for bit."""
+    query, key, _ = testing.inputs((2, 1100, 9), (2, length_k, 9), dtype, ties=True)
+    for score in SCORES:
+        whole = l1.l1_scores(query, key, score=score)
+        assert whole.numel() * whole.element_size() >= scores._PAST_CACHES
+        for first in range(0, 1100, 400):
+            assert_identical(l1.l1_scores(query[1, first : first + 400], key[1], score=score), whole[1, first:][:400])
 
 
 def test_scores_symmetric():

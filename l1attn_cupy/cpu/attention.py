@@ -15,11 +15,11 @@ import numpy as np
 from numba import prange
 
 from ..functions import NEGATIVE
-from .elements import load_rows, store_rows
+from .elements import aligned_empty, load_rows, store_rows
 from .jit import kernel
 from .panels import load_panels, new_panels, score_panels
 from .scores import _address, _blocks, padded_channels
-from .vector import lanes, panel_width, peek, poke, scatter_rows
+from .vector import all_finite, lanes, panel_width, peek, poke, scatter_rows
 from .vector_attention import add_weighted_rows, add_weighted_rows_1, softmax_step
 
 #: Rows of y in a tile.
@@ -44,7 +44,7 @@ def task_of(turn, run, runs):
     return turn * runs + (run if turn % 2 == 0 else runs - 1 - run)
 
 
-@kernel()
+@kernel(forceinline=True)
 def score_tile(y_panels, y_count, x_panels, panel, channels, tile, score, scale, eps):
     """Scores of y (the rows of the tile, ``y_count`` times as many as it has lanes) and of x (its lanes)."""
     score_panels(y_panels, y_count, x_panels, panel, channels, tile, score, scale, eps)
@@ -61,13 +61,13 @@ def _bound(tile):
         flat[i] = farthest if flat[i] == -np.inf else flat[i]
 
 
-@kernel()
+@kernel(forceinline=True)
 def outside_band(difference, x_count, y_count, band):
     """Whether no x - y of a tile lies in the band; ``difference`` is that of its first row and lane."""
     return difference + x_count - 1 < band[0] or difference - (y_count - 1) > band[1]
 
 
-@kernel()
+@kernel(forceinline=True)
 def exclude(tile, difference, x_count, y_count, band):
     """Set the scores outside the band to -inf."""
     if difference - (y_count - 1) >= band[0] and difference + x_count - 1 <= band[1]:
@@ -102,22 +102,19 @@ def set_aside(rows, count, special):
 
     Keys that are ruled out must make nothing of it: their values may be anything.
     """
-    found = False
-    flat = rows[:count].ravel()
+    if all_finite(rows, count):
+        return False
     zero = rows.dtype.type(0)
-    for i in range(flat.size):
-        found |= (flat[i] - flat[i]) != 0
-    if found:
-        for j in range(count):
-            for c in range(rows.shape[1]):
-                value = rows[j, c]
-                finite = (value - value) == 0
-                special[j, c] = zero if finite else value
-                rows[j, c] = value if finite else zero
-    return found
+    for j in range(count):
+        for c in range(rows.shape[1]):
+            value = rows[j, c]
+            finite = (value - value) == 0
+            special[j, c] = zero if finite else value
+            rows[j, c] = value if finite else zero
+    return True
 
 
-@kernel()
+@kernel(forceinline=True)
 def add_weighted(weights, rows, special, scores, has_special, count, factors, out, first, x_count):
     """``out[first + r] = factors[r] * out[first + r] + sum_j weights[j, r] * rows[j]`` for the lanes r of a panel.
 
@@ -176,14 +173,14 @@ def _forward(q, k, v, mask, quant_scale, out, softmax, dtypes, batch, sizes, wor
     padded, padded_v = padded_channels(channels, scalars), padded_channels(channels_v, scalars)
     mask_itemsize = 1 if kind == BOOLEAN else itemsize
     for run in prange(runs):
-        scratch = np.empty((width, padded), scalars.dtype)
+        scratch = aligned_empty((width, padded), scalars)
         q_panels, k_panels = new_panels(q_block, channels, True, like), new_panels(Y_ROWS, channels, False, like)
-        values, special = np.empty((Y_ROWS, padded_v), scalars.dtype), np.empty((Y_ROWS, padded_v), scalars.dtype)
-        tile, loaded = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
-        before = np.empty((Y_ROWS, width), scalars.dtype)
-        acc, half = np.empty((q_block, padded_v), scalars.dtype), np.empty((q_block, padded_v), np.uint16)
-        largest, total = np.empty(q_block, scalars.dtype), np.empty(q_block, scalars.dtype)
-        factors = np.empty(width, scalars.dtype)
+        values, special = aligned_empty((Y_ROWS, padded_v), scalars), aligned_empty((Y_ROWS, padded_v), scalars)
+        tile, loaded = aligned_empty((Y_ROWS, width), scalars), aligned_empty((Y_ROWS, width), scalars)
+        before = aligned_empty((Y_ROWS, width), scalars)
+        acc, half = aligned_empty((q_block, padded_v), scalars), np.empty((q_block, padded_v), np.uint16)
+        largest, total = aligned_empty((q_block,), scalars), aligned_empty((q_block,), scalars)
+        factors = aligned_empty((width,), scalars)
         for turn in range(_blocks(tasks, runs)):
             task = task_of(turn, np.int64(run), runs)
             if task >= tasks:

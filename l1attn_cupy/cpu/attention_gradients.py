@@ -29,7 +29,7 @@ from .attention import (
     set_aside,
     task_of,
 )
-from .elements import apply_derivative, load_rows, store_rows
+from .elements import aligned_empty, apply_derivative, load_rows, store_rows
 from .jit import kernel
 from .scores import _address, _blocks, _load_panels, _scatter_any, add, clear, padded_channels
 from .vector import lanes, pack, panel_width, peek, poke, scatter_rows, sign_scatter, sign_scatter_both
@@ -52,8 +52,8 @@ def _delta(grad, out, grad_lse, delta, dtypes, batch, sizes, runs, like):
     blocks, padded = _blocks(length, width), padded_channels(channels, like)
     tasks = batches * blocks
     for run in prange(runs):
-        scratch, tile = np.empty((width, padded), like.dtype), np.empty((width, width), like.dtype)
-        a, b = np.empty((1, padded, width), like.dtype), np.empty((1, padded, width), like.dtype)
+        scratch, tile = aligned_empty((width, padded), like), aligned_empty((width, width), like)
+        a, b = aligned_empty((1, padded, width), like), aligned_empty((1, padded, width), like)
         for task in range(tasks * run // runs, tasks * (run + 1) // runs):
             index, i = task // blocks, task % blocks * width
             rows = min(width, length - i)
@@ -172,19 +172,19 @@ def _backward(
     mask_itemsize = 1 if kind == BOOLEAN else itemsize
     y_most = Y_ROWS if parts.size > 0 else 0
     for run in prange(runs):
-        x_rows, dx_rows = np.empty((x_block, padded), scalars.dtype), np.empty((x_block, padded), scalars.dtype)
-        xv_rows, dxv_rows = np.empty((x_block, padded_v), scalars.dtype), np.empty((x_block, padded_v), scalars.dtype)
-        y_rows, yv_rows = np.empty((Y_ROWS, padded), scalars.dtype), np.empty((Y_ROWS, padded_v), scalars.dtype)
-        special, dy_rows = np.empty((Y_ROWS, padded_v), scalars.dtype), np.empty((y_most, padded), scalars.dtype)
-        x_panels = np.empty((x_block // width, padded, width), scalars.dtype)
-        xv_panels = np.empty((x_block // width, padded_v, width), scalars.dtype)
-        y_panels = np.empty((Y_ROWS // width, padded, width), scalars.dtype)
-        yv_panels = np.empty((Y_ROWS // width, padded_v, width), scalars.dtype)
-        scores, masked = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
-        h, loaded = np.empty((1, Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
+        x_rows, dx_rows = aligned_empty((x_block, padded), scalars), aligned_empty((x_block, padded), scalars)
+        xv_rows, dxv_rows = aligned_empty((x_block, padded_v), scalars), aligned_empty((x_block, padded_v), scalars)
+        y_rows, yv_rows = aligned_empty((Y_ROWS, padded), scalars), aligned_empty((Y_ROWS, padded_v), scalars)
+        special, dy_rows = aligned_empty((Y_ROWS, padded_v), scalars), aligned_empty((y_most, padded), scalars)
+        x_panels = aligned_empty((x_block // width, padded, width), scalars)
+        xv_panels = aligned_empty((x_block // width, padded_v, width), scalars)
+        y_panels = aligned_empty((Y_ROWS // width, padded, width), scalars)
+        yv_panels = aligned_empty((Y_ROWS // width, padded_v, width), scalars)
+        scores, masked = aligned_empty((Y_ROWS, width), scalars), aligned_empty((Y_ROWS, width), scalars)
+        h, loaded = aligned_empty((1, Y_ROWS, width), scalars), aligned_empty((Y_ROWS, width), scalars)
         before, statistics = (
-            np.empty((Y_ROWS, width), scalars.dtype),
-            np.empty((3, max(x_block, Y_ROWS)), scalars.dtype),
+            aligned_empty((Y_ROWS, width), scalars),
+            aligned_empty((3, max(x_block, Y_ROWS)), scalars),
         )
         half, half_v = np.empty((x_block, padded), np.uint16), np.empty((x_block, padded_v), np.uint16)
         ones = np.ones(width, scalars.dtype)
@@ -263,17 +263,17 @@ def _mask_gradient(
     q_blocks, k_blocks = _blocks(length_q, q_block), _blocks(length_k, k_block)
     tasks = kept * q_blocks * k_blocks
     for run in prange(runs):
-        scratch, scratch_v = np.empty((width, padded), scalars.dtype), np.empty((width, padded_v), scalars.dtype)
+        scratch, scratch_v = aligned_empty((width, padded), scalars), aligned_empty((width, padded_v), scalars)
         q_panels, grad_panels = (
-            np.empty((1, padded, width), scalars.dtype),
-            np.empty((1, padded_v, width), scalars.dtype),
+            aligned_empty((1, padded, width), scalars),
+            aligned_empty((1, padded_v, width), scalars),
         )
-        k_panels = np.empty((Y_ROWS // width, padded, width), scalars.dtype)
-        v_panels = np.empty((Y_ROWS // width, padded_v, width), scalars.dtype)
-        scores, masked = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
-        ds, loaded = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), scalars.dtype)
-        total, half = np.empty((Y_ROWS, width), scalars.dtype), np.empty((Y_ROWS, width), np.uint16)
-        statistics = np.empty((3, width), scalars.dtype)
+        k_panels = aligned_empty((Y_ROWS // width, padded, width), scalars)
+        v_panels = aligned_empty((Y_ROWS // width, padded_v, width), scalars)
+        scores, masked = aligned_empty((Y_ROWS, width), scalars), aligned_empty((Y_ROWS, width), scalars)
+        ds, loaded = aligned_empty((Y_ROWS, width), scalars), aligned_empty((Y_ROWS, width), scalars)
+        total, half = aligned_empty((Y_ROWS, width), scalars), np.empty((Y_ROWS, width), np.uint16)
+        statistics = aligned_empty((3, width), scalars)
         for task in range(tasks * run // runs, tasks * (run + 1) // runs):
             entry = task // (q_blocks * k_blocks)
             i_first, j_first = task // k_blocks % q_blocks * q_block, task % k_blocks * k_block

@@ -10,6 +10,8 @@ from numba.extending import overload, register_jitable
 from ..functions import INVERSE, LAPLACIAN, NEGATIVE
 from .jit import kernel
 from .vector import (
+    CACHE_LINE,
+    address_of,
     bits_as_float,
     float_as_bits,
     load_vector,
@@ -23,6 +25,17 @@ FLOAT32, FLOAT16, BFLOAT16, FLOAT64 = range(4)
 DTYPE_CODES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16, "float64": FLOAT64}
 
 STEP4, STEP8 = vector_step(4), vector_step(8)
+
+
+@kernel()
+def aligned_empty(shape, like):
+    """Scratch memory of the dtype of ``like`` that begins with a cache line: so no vector lies in two of them."""
+    size = 1
+    for n in shape:
+        size *= n
+    numbers = np.empty(size + CACHE_LINE // like.itemsize, like.dtype)
+    first = -(address_of(numbers) // like.itemsize) % (CACHE_LINE // like.itemsize)
+    return numbers[first : first + size].reshape(shape)
 
 
 @register_jitable
@@ -76,7 +89,7 @@ def load_rows(source, dtype, row_stride, column_stride, rows, columns, target):
         if column_stride == 1 and dtype == (FLOAT32 if target.itemsize == 4 else FLOAT64):
             first = columns - columns % step
             for c in range(0, first, step):
-                load_vector(source, base + c, target, r, c)
+                load_vector(source, base + c, target, r, c, target.shape[0] * row_stride)
         if dtype == FLOAT32:
             for c in range(first, columns):
                 target[r, c] = peek(source, base + c * column_stride, np.float32(0))

@@ -1,4 +1,7 @@
-"""Compilation of the CPU kernels: one decorator, and a disk cache that may be missing."""
+"""Compilation of the CPU kernels: one decorator, and a disk cache that may be missing.
+
+What is called in inner loops has ``forceinline``: an array is seven arguments of a call, most of them on the stack.
+"""
 
 from __future__ import annotations
 

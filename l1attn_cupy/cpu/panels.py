@@ -6,13 +6,12 @@ panel* to its rows.
 
 from __future__ import annotations
 
-import numpy as np
 from numba.core import types
 from numba.extending import overload
 
 from ..functions import INVERSE
 from . import vector_attention
-from .elements import apply_score
+from .elements import aligned_empty, apply_score
 from .jit import kernel
 from .quantized import WORD, load_words
 from .scores import _blocks, _load_panels, padded_channels
@@ -52,19 +51,19 @@ def _load(source, dtype, itemsize, matrix, rows, channels, scratch, panels):
     return _chosen(_load_words, _load_numbers, panels)
 
 
-@overload(score_panels)
+@overload(score_panels, jit_options={"forceinline": True})
 def _score(row_panels, count, lane_panels, panel, channels, tile, score, scale, eps):
     return _chosen(_score_words, _score_numbers, row_panels)
 
 
 def _new_words(rows, channels, of_lanes, like):
     width = _LANES if of_lanes else QUERY_ROWS
-    return np.empty((rows // width, _blocks(channels, WORD), width), like.dtype)
+    return aligned_empty((rows // width, _blocks(channels, WORD), width), like)
 
 
 def _new_numbers(rows, channels, of_lanes, like):
     width = _WIDTH4 if like.itemsize == 4 else _WIDTH8
-    return np.empty((rows // width, padded_channels(channels, like), width), like.dtype)
+    return aligned_empty((rows // width, padded_channels(channels, like), width), like)
 
 
 def _load_words(source, dtype, itemsize, matrix, rows, channels, scratch, panels):

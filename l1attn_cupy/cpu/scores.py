@@ -19,14 +19,17 @@ import numpy as np
 from numba import prange
 
 from ..functions import DISTANCE, INVERSE, LAPLACIAN, NEGATIVE
-from .elements import FLOAT32, FLOAT64, apply_derivative, apply_score, load_rows, store_rows
+from .elements import FLOAT32, FLOAT64, aligned_empty, apply_derivative, apply_score, load_rows, store_rows
 from .jit import kernel
 from .vector import (
+    CACHE_LINE,
     address_of,
     chain_rule,
+    fence,
     invert,
     lanes,
     pack,
+    pack_from,
     panel_width,
     scatter_rows,
     sign_scatter,
@@ -42,11 +45,11 @@ CHANNELS_PER_SUM = 128
 #: Rows of x, a multiple of `Y_BLOCK`, that h is made for at once where both gradients are: memory is read in long runs.
 X_BLOCK = 256
 
-#: Bytes in a cache line, or more.
-CACHE_LINE = 64
-
 #: Keys in a strip of scores that are stored together, where they do not go straight to the result.
 STRIP = 64
+
+#: Bytes of a result from which on it is written past the caches: of a smaller one they keep what is read next.
+_PAST_CACHES = 1 << 22
 
 #: Rows of y in one tile of the backward pass; partial sums over so many terms are added to the gradient.
 Y_BLOCK = 64
@@ -96,10 +99,14 @@ def _address(matrix, itemsize, index, batch, row, column):
 def _load_panels(source, dtype, itemsize, matrix, rows, channels, scratch, panels):
     """``rows`` rows of ``channels`` numbers as panels, padded with zeros; ``scratch`` is (width, padded channels)."""
     width = scratch.shape[0]
+    as_they_are = dtype == (FLOAT32 if scratch.itemsize == 4 else FLOAT64) and matrix.column == 1
     for p in range(_blocks(rows, width)):
-        start = source + p * width * matrix.row * itemsize
-        load_rows(start, dtype, matrix.row, matrix.column, min(width, rows - p * width), channels, scratch)
-        pack(scratch, 0, scratch.shape[1], panels, p)
+        start, count = source + p * width * matrix.row * itemsize, min(width, rows - p * width)
+        if as_they_are and count == width and channels == scratch.shape[1]:
+            pack_from(start, matrix.row, channels, panels, p)
+        else:
+            load_rows(start, dtype, matrix.row, matrix.column, count, channels, scratch)
+            pack(scratch, 0, scratch.shape[1], panels, p)
 
 
 @kernel()
@@ -130,15 +137,17 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
     padded = padded_channels(channels, scalars)
     inverse, factor = score == INVERSE, -scalars[0] if score == NEGATIVE else scalars[0]
     direct = score != LAPLACIAN and itemsize == scalars.itemsize
+    large = batches * length_q * length_k * itemsize >= _PAST_CACHES
     for run in prange(runs):
-        scratch = np.empty((width, padded), scalars.dtype)
-        q_panels = np.empty((q_block // width, padded, width), scalars.dtype)
-        k_panels = np.empty((tile_keys // width, padded, width), scalars.dtype)
-        tile = np.empty((width, STRIP), scalars.dtype)
+        scratch = aligned_empty((width, padded), scalars)
+        q_panels = aligned_empty((q_block // width, padded, width), scalars)
+        k_panels = aligned_empty((tile_keys // width, padded, width), scalars)
+        tile = aligned_empty((width, STRIP), scalars)
         half = np.empty((width, STRIP), np.uint16)
         # The distances that were summed last, and where their scores belong: as yet there are none.
-        distances = np.zeros((width, width), scalars.dtype)
-        to, stride = address_of(distances), width
+        distances = aligned_empty((width, width), scalars)
+        distances[:] = 0
+        to, stride, past_caches = address_of(distances), width, False
         for task in range(tasks * run // runs, tasks * (run + 1) // runs):
             index = task // (q_blocks * k_blocks)
             i0, j_first = task // k_blocks % q_blocks * q_block, task % k_blocks * k_block
@@ -157,9 +166,11 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
                     for c in range(done):
                         first = min(channels, CHANNELS_PER_SUM)
                         sum_and_score(
-                            q_panels, p, k_panels, c, first, distances, to, stride, inverse, factor, scalars[1]
+                            *(q_panels, p, k_panels, c, first, distances, to, stride, past_caches),
+                            *(inverse, factor, scalars[1]),
                         )
                         to, stride = place + c * width * itemsize, out.row
+                        past_caches = large and (to | stride * itemsize) % CACHE_LINE == 0
                         for first in range(CHANNELS_PER_SUM, channels, CHANNELS_PER_SUM):
                             more = min(CHANNELS_PER_SUM, channels - first)
                             sum_abs_diff(q_panels, p, k_panels, c, first, more, distances, 0)
@@ -168,7 +179,8 @@ def _forward(q, k, out, dtype, itemsize, batch, sizes, blocks, score, scalars):
                         first, k_count = j // width, _blocks(some, width)
                         _scores(q_panels, p, k_panels, first, k_count, channels, tile, score, scalars[0], scalars[1])
                         store_rows(tile, half, count, some, place + j * itemsize, dtype, out.row, 1)
-        sum_and_score(q_panels, 0, k_panels, 0, 0, distances, to, stride, inverse, factor, scalars[1])
+        sum_and_score(q_panels, 0, k_panels, 0, 0, distances, to, stride, past_caches, inverse, factor, scalars[1])
+        fence()
 
 
 @kernel()
@@ -270,13 +282,13 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
     anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
     tile_shape = (x_block, Y_BLOCK) if x_is_row else (Y_BLOCK, x_block)
     for run in prange(runs):
-        x_rows, dx_rows = np.empty((x_block, padded), scalars.dtype), np.empty((x_block, padded), scalars.dtype)
-        y_rows = np.empty((Y_BLOCK, padded), scalars.dtype)
-        x_panels = np.empty((x_block // width, padded, width), scalars.dtype)
-        y_panels = np.empty((Y_BLOCK // width, padded, width), scalars.dtype)
-        h_panels = np.empty((x_block // width, Y_BLOCK, width), scalars.dtype)
-        h, s = np.empty(tile_shape, scalars.dtype), np.empty(tile_shape, scalars.dtype)
-        strip = np.empty((width, tile_shape[1]), scalars.dtype)
+        x_rows, dx_rows = aligned_empty((x_block, padded), scalars), aligned_empty((x_block, padded), scalars)
+        y_rows = aligned_empty((Y_BLOCK, padded), scalars)
+        x_panels = aligned_empty((x_block // width, padded, width), scalars)
+        y_panels = aligned_empty((Y_BLOCK // width, padded, width), scalars)
+        h_panels = aligned_empty((x_block // width, Y_BLOCK, width), scalars)
+        h, s = aligned_empty(tile_shape, scalars), aligned_empty(tile_shape, scalars)
+        strip = aligned_empty((width, tile_shape[1]), scalars)
         half = np.empty((x_block, padded), np.uint16)
         for task in range(kept * x_blocks * run // runs, kept * x_blocks * (run + 1) // runs):
             entry, i0 = task // x_blocks * summed, task % x_blocks * x_block
@@ -316,14 +328,6 @@ def _backward(x, y, grad, scores, dx, dtype, itemsize, batch, sizes, blocks, sco
                     _scatter_any(x_rows, y_rows, h, x_is_row, rows, columns, dx_rows)
             target = _address(dx, itemsize, entry, batch, i0, 0)
             store_rows(dx_rows, half, rows, channels, target, dtype, dx.row, dx.column)
-
-
-@kernel()
-def scratch(rows, columns, like):
-    """An array of the dtype of ``like`` that begins with a cache line."""
-    numbers = np.empty(rows * columns + CACHE_LINE // like.itemsize, like.dtype)
-    first = -(address_of(numbers) // like.itemsize) % (CACHE_LINE // like.itemsize)
-    return numbers[first : first + rows * columns].reshape((rows, columns))
 
 
 @kernel()
@@ -373,16 +377,16 @@ def _backward_both(x, y, grad, scores, dx, dy, dtype, itemsize, batch, sizes, ru
     anew = score in (INVERSE, LAPLACIAN) and scores.data == 0
     whole_x, y_block = _blocks(length_x, width) * width, min(Y_BLOCK, _blocks(length_y, width) * width)
     for run in prange(runs):
-        x_rows, dx_rows = scratch(whole_x, padded, scalars), scratch(whole_x, padded, scalars)
-        y_rows = scratch(y_block, padded, scalars)
-        dy_rows, dy_part = scratch(y_block, padded, scalars), scratch(y_block, padded, scalars)
-        x_panels = np.empty((X_BLOCK // width, padded, width), scalars.dtype)
-        y_panels = np.empty((y_block // width, padded, width), scalars.dtype)
+        x_rows, dx_rows = aligned_empty((whole_x, padded), scalars), aligned_empty((whole_x, padded), scalars)
+        y_rows = aligned_empty((y_block, padded), scalars)
+        dy_rows, dy_part = aligned_empty((y_block, padded), scalars), aligned_empty((y_block, padded), scalars)
+        x_panels = aligned_empty((X_BLOCK // width, padded, width), scalars)
+        y_panels = aligned_empty((y_block // width, padded, width), scalars)
         # One line more in a row of h: its columns are read one by one, and would all meet in a few sets of the cache.
         h_stride = X_BLOCK + CACHE_LINE // scalars.itemsize
-        h, s = scratch(y_block, h_stride, scalars), scratch(y_block, h_stride, scalars)
+        h, s = aligned_empty((y_block, h_stride), scalars), aligned_empty((y_block, h_stride), scalars)
         clear(s)  # what is not finite costs time, also where it is not used
-        strip, half = np.empty((width, X_BLOCK), scalars.dtype), np.empty((max(whole_x, y_block), padded), np.uint16)
+        strip, half = aligned_empty((width, X_BLOCK), scalars), np.empty((max(whole_x, y_block), padded), np.uint16)
         for index in range(batches * run // runs, batches * (run + 1) // runs):
             source = _address(x, itemsize, index, batch, 0, 0)
             load_rows(source, dtype, x.row, x.column, length_x, channels, x_rows)

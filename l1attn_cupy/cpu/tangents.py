@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from ..functions import INVERSE, LAPLACIAN
-from .elements import apply_derivative, load_rows, store_rows
+from .elements import aligned_empty, apply_derivative, load_rows, store_rows
 from .jit import kernel
 from .scores import _WIDTH4, _WIDTH8, CHANNELS_PER_SUM, _address, _blocks, _load_panels, padded_channels
 from .vector import sign_gather
@@ -28,11 +28,11 @@ def _jvp(q, k, tangent_q, tangent_k, scores, out, dtype, itemsize, batch, sizes,
     width = _WIDTH4 if scalars.itemsize == 4 else _WIDTH8
     padded = padded_channels(channels, scalars)
     for run in prange(runs):
-        scratch = np.empty((width, padded), scalars.dtype)
-        rows = np.empty((q_block // width, padded, width), scalars.dtype)
-        columns = np.empty((tile_keys // width, padded, width), scalars.dtype)
-        row_tangents, column_tangents = np.empty_like(rows), np.empty_like(columns)
-        tile, s = np.empty((width, tile_keys), scalars.dtype), np.empty((width, tile_keys), scalars.dtype)
+        scratch = aligned_empty((width, padded), scalars)
+        rows = aligned_empty((q_block // width, padded, width), scalars)
+        columns = aligned_empty((tile_keys // width, padded, width), scalars)
+        row_tangents, column_tangents = aligned_empty(rows.shape, scalars), aligned_empty(columns.shape, scalars)
+        tile, s = aligned_empty((width, tile_keys), scalars), aligned_empty((width, tile_keys), scalars)
         half = np.empty((width, tile_keys), np.uint16)
         for task in range(batches * q_blocks * run // runs, batches * q_blocks * (run + 1) // runs):
             index, i0 = task // q_blocks, task % q_blocks * q_block

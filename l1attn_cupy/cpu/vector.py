@@ -21,6 +21,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+#: Bytes in a cache line, or more.
+CACHE_LINE = 64
+
 _INT = ir.IntType(64)
 _LANE = ir.IntType(32)
 
@@ -39,7 +42,7 @@ def register_bytes() -> int:
     return 32 if features.get("avx") else 16
 
 
-def _has_32_registers() -> bool:
+def has_32_registers() -> bool:
     return register_bytes() == 64 or "x86" not in llvm.get_default_triple()
 
 
@@ -48,9 +51,10 @@ def _adds_by_multiplying() -> bool:
     """Whether every second addition had better be ``a * 1 + b``.
 
     Of processors with AVX2, many have other units for additions than for fused multiply-adds, and all have as many of
-    these. With AVX-512 one kind of unit does both.
+    these. With AVX-512, AMD's have both; Intel's have one kind of unit for both.
     """
-    return register_bytes() == 32 and bool(llvm.get_host_cpu_features().get("fma"))
+    wide = register_bytes() == 64 and not llvm.get_host_cpu_name().startswith("znver")
+    return register_bytes() >= 32 and not wide and bool(llvm.get_host_cpu_features().get("fma"))
 
 
 def lanes(itemsize: int) -> int:
@@ -61,7 +65,7 @@ def lanes(itemsize: int) -> int:
 def panel_width(itemsize: int) -> int:
     """Rows in a panel: two registers, where one of them would not be large."""
     n = lanes(itemsize)
-    return n if n >= 8 and _has_32_registers() else max(2 * n, 4)
+    return n if n >= 8 and has_32_registers() else max(2 * n, 4)
 
 
 def sum_rows(itemsize: int) -> int:
@@ -70,7 +74,7 @@ def sum_rows(itemsize: int) -> int:
     The sums must fit in the registers and hide the latency of an addition. With 16 registers, 4 rows and two registers
     of lanes need fewer loads than 8 rows and one.
     """
-    return panel_width(itemsize) if _has_32_registers() else 4
+    return panel_width(itemsize) if has_32_registers() else 4
 
 
 def vector_step(itemsize: int) -> int:
@@ -80,7 +84,7 @@ def vector_step(itemsize: int) -> int:
 
 def scatter_rows(itemsize: int) -> int:
     """Rows of gradient sums that `sign_scatter` keeps in registers; divides `panel_width`."""
-    return min(8 if _has_32_registers() else 4, panel_width(itemsize))
+    return min(8 if has_32_registers() else 4, panel_width(itemsize))
 
 
 def _itemsize(array_type: Any) -> int:
@@ -115,6 +119,19 @@ class _Emitter:
 
     def store(self, value, pointer):
         self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.itemsize)
+
+    def store_past_caches(self, value, pointer):
+        """The same, for a pointer to the begin of a cache line: the line is not read first, and no cache keeps it."""
+        store = self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer()), align=CACHE_LINE)
+        store.set_metadata("nontemporal", self.builder.module.add_metadata([ir.IntType(32)(1)]))
+
+    def prefetch(self, pointer):
+        """Ask for the cache line of any address, and do not wait for it."""
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        signature = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, "llvm.prefetch.p0")
+        reading, nearest, data = number(0), number(3), number(1)
+        self.builder.call(function, [self.builder.bitcast(pointer, byte), reading, nearest, data])
 
     def splat(self, pointer):
         """The number at ``pointer`` in every lane."""
@@ -174,6 +191,12 @@ class _Emitter:
         codes = ir.Constant(tables, [table] * self.width)
         return self.builder.call(function, [value, value, codes, number(0), every_lane, rounding])
 
+    def no_nan(self, value):
+        """Whether no lane is NaN."""
+        found = self.builder.fcmp_unordered("uno", value, value)
+        number = ir.IntType(self.width)
+        return self.builder.icmp_signed("==", self.builder.bitcast(found, number), number(0))
+
     def zeros(self, n):
         return [ir.Constant(self.vector, None)] * n
 
@@ -228,7 +251,8 @@ SUM_UNROLL = 4
 def _term(e, q_panels, k_panels, args):
     """The step of a loop over channels: ``sums[r] += |q_panels[q_index, first + i, top + r] - k_panels[...]|``.
 
-    A difference and a sum are two additions, of which `_Emitter.plus` makes the second.
+    A difference and a sum are two additions, of which `_Emitter.plus` makes the second. The number that is in every
+    lane is subtracted from the others, as AVX-512 can read it from memory in the same instruction.
     """
     q, q_at, k, k_at, first, top = args
     one = e.opaque_one()
@@ -239,7 +263,7 @@ def _term(e, q_panels, k_panels, args):
         updated = []
         for row, total in enumerate(sums):
             query = e.splat(e.at(q_panels, q, q_at, channel, e.builder.add(top, _INT(row))))
-            updated.append(e.plus(total, e.fabs(e.builder.fsub(query, keys)), one))
+            updated.append(e.plus(total, e.fabs(e.builder.fsub(keys, query)), one))
         return updated
 
     return step
@@ -369,38 +393,49 @@ def invert(typingctx, tile, column, scale, eps):
 
 def _scores_to(e, tile, tile_at, target, f):
     """The step of a loop over rows that stores F of a row of the tile; see `sum_and_score`."""
-    address, stride = target
+    address, stride, past_caches = target
     inverse, scale, eps = f
     builder = e.builder
     first = builder.inttoptr(address, e.scalar.as_pointer())
+
+    def put(score, place):
+        with builder.if_else(past_caches) as (past, through):
+            with past:
+                e.store_past_caches(score, place)
+            with through:
+                e.store(score, place)
 
     def store(row, sums):
         distance, place = e.load(e.at(tile, tile_at, row, 0)), builder.gep(first, [builder.mul(row, stride)])
         with builder.if_else(inverse) as (is_inverse, is_linear):
             with is_inverse:
-                e.store(_inverse(e, distance, scale, eps), place)
+                put(_inverse(e, distance, scale, eps), place)
             with is_linear:
-                e.store(builder.fmul(e.broadcast(scale), distance), place)
+                put(builder.fmul(e.broadcast(scale), distance), place)
         return sums
 
     return store
 
 
 @intrinsic
-def sum_and_score(typingctx, q_panels, q_index, k_panels, k_index, count, tile, target, stride, inverse, scale, eps):
+def sum_and_score(
+    typingctx, q_panels, q_index, k_panels, k_index, count, tile, target, stride, past_caches, inverse, scale, eps
+):
     """Scores of the distances in the tile, straight to where they belong; then new distances, of two panels, in it::
 
         target[r * stride + c] = 1 / (eps + scale * tile[r, c]) if inverse else scale * tile[r, c]
         tile[r, c] = sum_e |q_panels[q_index, e, r] - k_panels[k_index, e, c]|         r and c < panel width, e < count
 
-    ``target`` is an address, ``stride`` counts numbers. A few rows are scored in each turn of the loop over channels,
-    so that divisions and stores, which would hold up the sums if they came all at once, are done on the side.
+    ``target`` is an address, ``stride`` counts numbers. Where rows of the target begin with a cache line, it can be
+    written ``past_caches``; a `fence` must come before others read it. A few rows are scored in each turn of the loop
+    over channels, so that divisions and stores, which would hold up the sums if they came all at once, are done on the
+    side.
     """
 
     def codegen(context, builder, signature, args):
         e = _Emitter(context, builder, q_panels, panel_width(_itemsize(q_panels)))
-        *operands, count, sums_at, address, stride, inverse, scale, eps = args
-        store = _scores_to(e, tile, sums_at, (address, stride), (inverse, scale, eps))
+        *operands, count, sums_at, address, stride, past_caches, inverse, scale, eps = args
+        store = _scores_to(e, tile, sums_at, (address, stride, past_caches), (inverse, scale, eps))
         rows = sum_rows(e.itemsize)
         whole = builder.and_(count, _INT(-SUM_UNROLL))
         head = builder.select(builder.icmp_signed("<", whole, _INT(rows)), whole, _INT(rows))
@@ -418,8 +453,38 @@ def sum_and_score(typingctx, q_panels, q_index, k_panels, k_index, count, tile, 
         return context.get_dummy_value()
 
     integer, number = types.intp, q_panels.dtype
-    numbers = (types.boolean, number, number)
-    return types.void(q_panels, integer, k_panels, integer, integer, tile, integer, integer, *numbers), codegen
+    options = (types.boolean, types.boolean, number, number)
+    return types.void(q_panels, integer, k_panels, integer, integer, tile, integer, integer, *options), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """What was stored before can be read by other threads before anything that is stored later."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _pack(e, load, channels, panels, target, index):
+    """``panels[index, first + i, top + r] = load(top + r, first)[i]``; channels are a multiple of the width of e."""
+    builder, size = e.builder, e.width
+    low = [i // 2 + size * (i % 2) for i in range(size)]
+    high = [size // 2 + i for i in low]
+
+    def transpose(top, first):
+        block = [load(top + r, first) for r in range(size)]
+        for _ in range(size.bit_length() - 1):  # log2(size) perfect shuffles of the rows transpose the block
+            pairs = zip(block[: size // 2], block[size // 2 :], strict=True)
+            block = [e.shuffle(a, b, order) for a, b in pairs for order in (low, high)]
+        for i, vector in enumerate(block):
+            e.store(vector, e.at(panels, target, index, builder.add(first, _INT(i)), top))
+
+    with cgutils.for_range_slice(builder, _INT(0), channels, _INT(size)) as (first, _):
+        for top in range(0, panel_width(e.itemsize), size):
+            transpose(top, first)
 
 
 @intrinsic
@@ -427,26 +492,38 @@ def pack(typingctx, rows, row, channels, panels, index):
     """``panels[index, e, r] = rows[row + r, e]`` for e < channels, which is a multiple of `lanes`."""
 
     def codegen(context, builder, signature, args):
-        size = lanes(_itemsize(rows))
-        e = _Emitter(context, builder, rows, size)
+        e = _Emitter(context, builder, rows, lanes(_itemsize(rows)))
         source, first_row, n, target, target_at = args
-        low = [i // 2 + size * (i % 2) for i in range(size)]
-        high = [size // 2 + i for i in low]
 
-        def transpose(top, first):
-            block = [e.load(e.at(rows, source, builder.add(first_row, _INT(top + r)), first)) for r in range(size)]
-            for _ in range(size.bit_length() - 1):  # log2(size) perfect shuffles of the rows transpose the block
-                pairs = zip(block[: size // 2], block[size // 2 :], strict=True)
-                block = [e.shuffle(a, b, order) for a, b in pairs for order in (low, high)]
-            for i, vector in enumerate(block):
-                e.store(vector, e.at(panels, target, target_at, builder.add(first, _INT(i)), top))
+        def load(row, first):
+            return e.load(e.at(rows, source, builder.add(first_row, _INT(row)), first))
 
-        with cgutils.for_range_slice(builder, _INT(0), n, _INT(size)) as (first, _):
-            for top in range(0, panel_width(e.itemsize), size):
-                transpose(top, first)
+        _pack(e, load, n, panels, target, target_at)
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, types.intp, panels, types.intp), codegen
+
+
+@intrinsic
+def pack_from(typingctx, address, stride, channels, panels, index):
+    """The same for the rows from ``address`` on, numbers of the type of panels; ``stride`` counts numbers."""
+
+    def codegen(context, builder, signature, args):
+        e = _Emitter(context, builder, panels, lanes(_itemsize(panels)))
+        source, row_stride, n, target, target_at = args
+        start = builder.inttoptr(source, e.scalar.as_pointer())
+
+        def place(row, first):
+            return builder.gep(start, [builder.add(builder.mul(_INT(row), row_stride), first)])
+
+        def load(row, first):
+            e.prefetch(place(row + panel_width(e.itemsize), first))
+            return e.load(place(row, first))
+
+        _pack(e, load, n, panels, target, target_at)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, panels, types.intp), codegen
 
 
 @intrinsic
@@ -480,11 +557,34 @@ def chain_rule(typingctx, grad, grad_stride, scores, scores_stride, rows, column
             return e.loop(_INT(0), columns, checks, some, e.width)
 
         (check,) = e.loop(_INT(0), n, [zero], one_row)
-        found = builder.fcmp_unordered("uno", check, check)
-        return builder.icmp_signed("==", builder.bitcast(found, ir.IntType(e.width)), ir.IntType(e.width)(0))
+        return e.no_nan(check)
 
     integer = types.intp
     return types.boolean(*[integer] * 7, h.dtype, h), codegen
+
+
+@intrinsic
+def all_finite(typingctx, rows, count):
+    """Whether the first ``count`` rows are, which are a multiple of `lanes` long."""
+
+    def codegen(context, builder, signature, args):
+        e = _Emitter(context, builder, rows, lanes(_itemsize(rows)))
+        array, n = args
+        columns = builder.extract_value(context.make_array(rows)(context, builder, array).shape, 1)
+        size, first = builder.mul(n, columns), e.at(rows, array, 0, 0)
+        zero = ir.Constant(e.vector, None)
+
+        def some(i, checks):
+            places = [builder.gep(first, [builder.add(i, _INT(c * e.width))]) for c in range(len(checks))]
+            return [e.multiply_add(e.load(at), zero, check) for at, check in zip(places, checks, strict=True)]
+
+        step = 4 * e.width
+        whole = builder.and_(size, _INT(-step))
+        checks = e.loop(_INT(0), whole, e.zeros(4), some, step)  # each 0, or NaN
+        checks += e.loop(whole, size, e.zeros(1), some, e.width)
+        return e.no_nan(functools.reduce(builder.fadd, checks))
+
+    return types.boolean(rows, types.intp), codegen
 
 
 @intrinsic
@@ -555,18 +655,22 @@ def sign_scatter_both(typingctx, x, row, y, h, column, count, channel, dx, dy):
 
 
 @intrinsic
-def load_vector(typingctx, source, index, rows, row, column):
-    """``rows[row, column:column + n] = source[index:index + n]``, n = `vector_step`; ``source`` is an address."""
+def load_vector(typingctx, source, index, rows, row, column, ahead):
+    """``rows[row, column:column + n] = source[index:index + n]``, n = `vector_step`; ``source`` is an address.
+
+    ``ahead`` numbers further is what will be loaded later.
+    """
 
     def codegen(context, builder, signature, args):
         e = _Emitter(context, builder, rows, vector_step(_itemsize(rows)))
-        address, first, target, r, c = args
+        address, first, target, r, c, distance = args
         pointer = builder.gep(builder.inttoptr(address, e.scalar.as_pointer()), [first])
+        e.prefetch(builder.gep(pointer, [distance]))
         e.store(e.load(pointer), e.at(rows, target, r, c))
         return context.get_dummy_value()
 
     integer = types.intp
-    return types.void(integer, integer, rows, integer, integer), codegen
+    return types.void(integer, integer, rows, integer, integer, integer), codegen
 
 
 @intrinsic

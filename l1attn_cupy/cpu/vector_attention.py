@@ -23,8 +23,8 @@ from .vector import (
     _itemsize,
     _row_groups,
     _set_or_add,
-    _sum_panels,
     _term,
+    has_32_registers,
     lanes,
     panel_width,
     scatter_rows,
@@ -105,27 +105,37 @@ class _AttentionEmitter(_Emitter):
         return builder.select(low, self.constant(0.0), result)
 
 
-def _score_row(e, place, args):
-    """F of a vector of distances, where it lies."""
+def _inverse_row(e, place, args):
+    """F of a vector of distances, where it lies: the default score."""
+    _, scale, eps = args
+    e.store(_inverse(e, e.load(place), scale, eps), place)
+
+
+def _other_row(e, place, args):
+    """Of the other scores."""
     builder, distance = e.builder, e.load(place)
-    f, scale, eps = args
-    with builder.if_else(builder.icmp_signed("==", f, _INT(INVERSE))) as (inverse, others):
-        with inverse:
-            e.store(_inverse(e, distance, scale, eps), place)
-        with others:
-            negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
-            signed = e.broadcast(builder.select(negative, builder.fneg(scale), scale))
-            product = builder.fmul(signed, distance)
-            with builder.if_else(builder.icmp_signed("==", f, _INT(LAPLACIAN))) as (laplacian, linear):
-                with laplacian:
-                    e.store(e.exp(product), place)
-                with linear:
-                    e.store(product, place)
+    f, scale, _ = args
+    negative = builder.icmp_signed("!=", f, _INT(DISTANCE))
+    signed = e.broadcast(builder.select(negative, builder.fneg(scale), scale))
+    product = builder.fmul(signed, distance)
+    with builder.if_else(builder.icmp_signed("==", f, _INT(LAPLACIAN))) as (laplacian, linear):
+        with laplacian:
+            e.store(e.exp(product), place)
+        with linear:
+            e.store(product, place)
 
 
-def _sum_beside(e, term, count, aside):
-    """`sum_rows` sums of ``count`` channels, up to `CHANNELS_PER_SUM`; meanwhile ``aside(r)`` of as many rows r."""
-    builder, rows, turns = e.builder, sum_rows(e.itemsize), CHANNELS_PER_SUM // SUM_UNROLL
+def _rows_at_once(itemsize: int) -> int:
+    """Rows of a panel whose distances are summed at once: so many that 8 registers are enough for a run of channels.
+
+    That hides the latency of an addition, and where there are 32 registers, the sums of the runs stay in others.
+    """
+    return 8 * lanes(itemsize) // panel_width(itemsize)
+
+
+def _sum_beside(e, term, count, rows, aside):
+    """Sums of ``count`` channels, up to `CHANNELS_PER_SUM`, for some rows; meanwhile ``aside(r)`` of as many rows r."""
+    builder, turns = e.builder, CHANNELS_PER_SUM // SUM_UNROLL
     each, sum_step = rows // turns, e.unrolled(term, SUM_UNROLL)
 
     def one(row, sums):
@@ -142,6 +152,41 @@ def _sum_beside(e, term, count, aside):
     return sums
 
 
+def _smaller(e, a, b):
+    return e.builder.select(e.builder.icmp_signed("<", a, b), a, b)
+
+
+def _store_sums(e, term, n, totals, places):
+    """Store ``totals``, the sums of the first run of channels, plus those of the other runs."""
+    builder, most = e.builder, _INT(CHANNELS_PER_SUM)
+
+    def store(vectors):
+        for place, vector in zip(places, vectors, strict=True):
+            e.store(vector, place)
+
+    def run(first):
+        count = _smaller(e, builder.sub(n, first), most)
+        whole = builder.add(first, builder.and_(count, _INT(-SUM_UNROLL)))
+        sums = e.loop(first, whole, e.zeros(len(places)), e.unrolled(term, SUM_UNROLL), SUM_UNROLL)
+        return e.loop(whole, builder.add(first, count), sums, term)
+
+    def add(first, totals):
+        return [builder.fadd(total, part) for total, part in zip(totals, run(first), strict=True)]
+
+    def add_in_memory(first, _):
+        sums = run(first)
+        store([builder.fadd(e.load(place), part) for place, part in zip(places, sums, strict=True)])
+        return []
+
+    runs = builder.udiv(builder.add(n, _INT(CHANNELS_PER_SUM - 1)), most)
+    end = builder.select(builder.icmp_signed(">", n, most), builder.mul(runs, most), most)
+    if has_32_registers():
+        store(e.loop(most, end, totals, add, CHANNELS_PER_SUM))
+    else:
+        store(totals)
+        e.loop(most, end, [], add_in_memory, CHANNELS_PER_SUM)
+
+
 @intrinsic
 def score_panels(typingctx, y_panels, count, x_panels, x_index, channels, tile, score, scale, eps):
     """Scores of ``count`` panels of y and one of x: ``tile[r, c] = F(sum_e |y[r, e] - x[c, e]|)``, c < panel width.
@@ -153,32 +198,32 @@ def score_panels(typingctx, y_panels, count, x_panels, x_index, channels, tile, 
     def codegen(context, builder, signature, args):
         e = _AttentionEmitter(context, builder, tile, panel_width(_itemsize(tile)))
         y, panels, x, x_at, n, out, *f = args
-        rows, most = sum_rows(e.itemsize), _INT(CHANNELS_PER_SUM)
+        rows = _rows_at_once(e.itemsize)
 
-        def smaller(a, b):
-            return builder.select(builder.icmp_signed("<", a, b), a, b)
+        def all_rows(score_row):
+            def score_after(first, row):
+                score_row(e, e.at(tile, out, builder.add(first, row), 0), f)
 
-        def score_after(first, row):
-            _score_row(e, e.at(tile, out, builder.add(first, row), 0), f)
+            with (
+                cgutils.for_range_slice(builder, _INT(0), panels, _INT(1)) as (panel, _),
+                cgutils.for_range_slice(builder, _INT(0), _INT(e.width), _INT(rows)) as (top, _),
+            ):
+                row = builder.add(builder.mul(panel, _INT(e.width)), top)
+                # Before the first rows there are none: what is there is scored, and then overwritten.
+                before = builder.select(builder.icmp_signed("==", row, _INT(0)), row, builder.sub(row, _INT(rows)))
+                term = _term(e, y_panels, x_panels, (y, panel, x, x_at, _INT(0), top))
+                head = _smaller(e, n, _INT(CHANNELS_PER_SUM))
+                totals = _sum_beside(e, term, head, rows, functools.partial(score_after, before))
+                _store_sums(e, term, n, totals, [e.at(tile, out, builder.add(row, _INT(r)), 0) for r in range(rows)])
+            last = builder.sub(builder.mul(panels, _INT(e.width)), _INT(rows))
+            for r in range(rows):
+                score_after(last, _INT(r))
 
-        with cgutils.for_range_slice(builder, _INT(0), panels, _INT(1)) as (panel, _), _row_groups(e) as top:
-            operands = y, panel, x, x_at
-            row = builder.add(builder.mul(panel, _INT(e.width)), top)
-            # Before the first rows there are none: what is there is scored, and then overwritten.
-            before = builder.select(builder.icmp_signed("==", row, _INT(0)), row, builder.sub(row, _INT(rows)))
-            term = _term(e, y_panels, x_panels, (*operands, _INT(0), top))
-            sums = _sum_beside(e, term, smaller(n, most), functools.partial(score_after, before))
-            places = [e.at(tile, out, builder.add(row, _INT(r)), 0) for r in range(rows)]
-            for total, place in zip(sums, places, strict=True):
-                e.store(total, place)
-            with cgutils.for_range_slice(builder, most, n, most) as (first, _):
-                some = smaller(builder.sub(n, first), most)
-                parts = _sum_panels(e, y_panels, x_panels, (*operands, first, some, top))
-                for part, place in zip(parts, places, strict=True):
-                    e.store(builder.fadd(e.load(place), part), place)
-        last = builder.sub(builder.mul(panels, _INT(e.width)), _INT(rows))
-        for r in range(rows):
-            score_after(last, _INT(r))
+        with builder.if_else(builder.icmp_signed("==", f[0], _INT(INVERSE))) as (inverse, others):
+            with inverse:
+                all_rows(_inverse_row)
+            with others:
+                all_rows(_other_row)
         return context.get_dummy_value()
 
     integer, number = _INTEGER, tile.dtype

@@ -10,7 +10,7 @@
 //           one is summed, also the first one of the next tile. Weights stay in the registers in which their scores were
 //           summed: that is how tensor cores (from sm_80 on) take them, but for the order of keys, which is that of v then.
 //           Tiles that causality or the window rules out are not computed. One order of summation: the same bits in every
-//           run
+//           run. Of bytes, four terms are one instruction, and their sum is exact; all else is float32
 //
 // Tensor cores take numbers of fewer bits: each float32 is two of them, what rounding takes away being the second. Of
 // float16 there are too few small ones for that, so there weights are WEIGHT_SCALE times as large until the end.
@@ -23,6 +23,7 @@
 // @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=32 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2 SHARED=51200 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20 max_v=64
 // @variant  op=attention_forward dtypes=f16,bf16 BLOCK_Q=64 TILE_K=64 TILE_V=32 BLOCK_E=16 BLOCK_V=128 STEP_V=16 THREADS=128 Q_CHUNKS=8 UNROLL=2 SHARED=60416 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=19
 // @variant  op=attention_forward dtypes=f64 BLOCK_Q=64 TILE_K=32 TILE_V=32 BLOCK_E=8 BLOCK_V=32 STEP_V=16 THREADS=128 Q_CHUNKS=4 UNROLL=1 SHARED=34816 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20
+// @variant  op=attention_forward dtypes=i8,u8 BLOCK_Q=128 TILE_K=32 TILE_V=32 BLOCK_E=64 BLOCK_V=64 STEP_V=16 THREADS=128 Q_CHUNKS=2 UNROLL=2 SHARED=34816 BLOCKS_PER_SM=2 SPLIT_BLOCKS=264 rank=20
 
 const int WARPS = THREADS / 32, DOWN = 8, ACROSS = 4;  // threads of a warp along a column and a row of its scores
 const int WARP_Q = BLOCK_Q / WARPS, OWN_Q = WARP_Q / DOWN, OWN_K = TILE_K / ACROSS, OWN_V = BLOCK_V / ACROSS;
@@ -43,7 +44,7 @@ static_assert(TILE_K % TILE_V == 0 && TILE_V % (ACROSS * 4) == 0, "a tile is a w
 
 typedef Converted<BLOCK_Q, BLOCK_E> Query;
 typedef Converted<TILE_K, BLOCK_E> Key;
-typedef Straight<TILE_V, BLOCK_V, 2 * LOAD> Value;  // four rows of which a warp reads without conflicts
+typedef Straight<TILE_V, BLOCK_V, 2 * (16 / sizeof(out_t)), out_t> Value;  // four rows of which a warp reads without conflicts
 
 struct Memory {
     alignas(16) typename Query::Shared q_chunks[Q_CHUNKS];
@@ -57,6 +58,30 @@ typedef acc_t Scores[OWN_Q][OWN_K];
 __device__ __forceinline__ int query(int r) { return threadIdx.x / 32 * WARP_Q + r * DOWN + threadIdx.x % 32 / ACROSS; }
 __device__ __forceinline__ int key(int c, int t) { return c * ACROSS + t; }
 __device__ __forceinline__ int channel(int c, int t) { return c / GROUP_V * GROUP_V * ACROSS + t * GROUP_V + c % GROUP_V; }
+
+#if BYTES
+typedef unsigned Distances[OWN_Q][OWN_K];
+
+// Adds |q - k| over the channels of a chunk.
+__device__ __forceinline__ void sum_distances(Distances &sum, const typename Query::Shared &q, const typename Key::Shared &k) {
+#pragma unroll UNROLL
+    for (int e0 = 0; e0 < BLOCK_E; e0 += LOAD) {
+        FourWords qs[OWN_Q];
+#pragma unroll
+        for (int r = 0; r < OWN_Q; ++r) qs[r] = *(const FourWords *)&q[query(r)][e0];
+#pragma unroll
+        for (int c = 0; c < OWN_K; ++c) {
+            const FourWords ks = *(const FourWords *)&k[key(c, threadIdx.x % ACROSS)][e0];
+#pragma unroll
+            for (int r = 0; r < OWN_Q; ++r) {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) sum[r][c] = add_byte_distance<DTYPE == I8>(sum[r][c], qs[r].at[n], ks.at[n]);
+            }
+        }
+    }
+}
+#else
+typedef Scores Distances;
 
 // Adds |q - k| over the channels of a chunk.
 __device__ __forceinline__ void sum_distances(Scores &sum, const typename Query::Shared &q, const typename Key::Shared &k) {
@@ -74,6 +99,7 @@ __device__ __forceinline__ void sum_distances(Scores &sum, const typename Query:
         }
     }
 }
+#endif
 
 // A thread's sums of weights * v.
 struct Outputs {
@@ -89,7 +115,7 @@ struct Outputs {
         add_by_key<false>(weights, values, part);
 #else
         const int lane = threadIdx.x % 32, g = lane / ACROSS, t = lane % ACROSS;
-#if DTYPE == F32
+#if DTYPE == F32 || BYTES
         // Of products of two numbers of two parts each, all but the smallest of the four. Tensor cores round sums down:
         // they add up the small products of 16 keys first, so that only the two sums after them are rounded noticeably.
         const int GROUPS = OWN_V / GROUP_V, FOURS = TILE_V / ACROSS / 4;  // of channels, and of a thread's keys
@@ -174,7 +200,7 @@ struct Outputs {
         for (int c = 0; c < TILE_V / ACROSS; ++c) {
 #pragma unroll 1
             for (int t = 0; t < ACROSS; ++t) {
-                const scalar_t *value = values[key(c, t)];
+                const out_t *value = values[key(c, t)];
                 acc_t weight[OWN_Q];
 #pragma unroll
                 for (int r = 0; r < OWN_Q; ++r) {
@@ -267,7 +293,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
     const int i0 = (q_blocks - 1 - (tile - b * q_blocks)) * BLOCK_Q;  // causal: the longest first
     const int q_count = min(a.length_q - i0, BLOCK_Q), v_count = min(a.channels_v - c0, BLOCK_V);
     const scalar_t *q = matrix(a.q, a.batch_shape, b) + i0 * a.q.row_stride;  // q[b, i0:i0+BLOCK_Q, :]
-    const scalar_t *k = matrix(a.k, a.batch_shape, b), *v = matrix(a.v, a.batch_shape, b) + c0;
+    const scalar_t *k = matrix(a.k, a.batch_shape, b);
+    const out_t *v = matrix<out_t>(a.v, a.batch_shape, b) + c0;
 
     extern __shared__ int4 memory[];
     Memory &shared = *(Memory *)memory;
@@ -302,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
         k_next.put(k_chunks[now]);
     };
     const auto fetch_values = [&](int j) {  // from row j on
-        const scalar_t *v_from = v;
+        const out_t *v_from = v;
         int64 v_stride = a.v.row_stride;
         compute_again(v_from, v_stride);
         Value::fetch(values, v_from + j * v_stride, v_stride, a.length_k - j, v_count);
@@ -319,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
     for (int j0 = first, now = 0; j0 < end; j0 += TILE_K) {
         // All are done with the former values since the last barrier.
         fetch_values(j0);
-        Scores scores = {};
+        Distances distances = {};
         bool fast = false;
         for (int e0 = 0;; e0 += BLOCK_E) {
             const bool last = e0 + BLOCK_E >= a.channels;
@@ -328,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
             } else if (j0 + TILE_K < end) {
                 fetch(now ^ 1, j0 + TILE_K, 0);
             }
-            sum_distances(scores, q_chunks[place(now, e0)], k_chunks[now]);
+            sum_distances(distances, q_chunks[place(now, e0)], k_chunks[now]);
             if (last && e0 > 0) break;
             if (!last) put(now ^ 1, j0, e0 + BLOCK_E);
             if (e0 == 0) fast = values_are_there();
@@ -337,7 +364,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attention_f
             now ^= 1;
         }
 
-        apply_score((acc_t(&)[OWN_Q * OWN_K])scores, a.score, a.scale, a.eps);
+#if BYTES
+        Scores scores;
+#pragma unroll
+        for (int n = 0; n < OWN_Q * OWN_K; ++n) {
+            scores[n / OWN_K][n % OWN_K] = __uint2float_rn(distances[n / OWN_K][n % OWN_K]);
+        }
+        const acc_t scale = p.quant_scale.data ? a.scale * *accumulated(p.quant_scale, a.batch_shape, b) : (acc_t)a.scale;
+#else
+        Scores &scores = distances;
+        const Number &scale = a.scale;
+#endif
+        apply_score((acc_t(&)[OWN_Q * OWN_K])scores, a.score, scale, a.eps);
         if (a.mask_kind != NO_MASK || j0 < all_first || j0 + TILE_K > all_end) {  // keys are ruled out
             mask_scores(scores, a, b, i0, j0);
             rows.template add<true>(scores, outputs);

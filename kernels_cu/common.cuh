@@ -29,8 +29,9 @@ typedef float scalar_t;
 typedef float acc_t;
 #endif
 
-#if DTYPE == I8 || DTYPE == U8
-typedef float out_t;  // what scores are written in
+#define BYTES (DTYPE == I8 || DTYPE == U8)
+#if BYTES
+typedef float out_t;  // what scores are written in, and all but query and key of attention
 #else
 typedef scalar_t out_t;
 #endif
@@ -113,6 +114,7 @@ struct AttentionForward {
     Matrix out;       // (B, L, V), in scalar_t, or in acc_t if `unrounded`: see store_out
     int64 out_split, softmax_split;  // strides of out and softmax from one of `splits` to the next
     int unrounded, splits;           // see struct Split
+    Matrix quant_scale;              // of bytes alone: float (B, 1, 1), address 0 for 1
 };
 
 struct AttentionMerge {
@@ -153,8 +155,9 @@ __device__ __forceinline__ int64 offset(const Matrix &m, const int *batch_shape,
     }
     return sum;
 }
-__device__ __forceinline__ scalar_t *matrix(const Matrix &m, const int *batch_shape, int index) {
-    return (scalar_t *)m.data + offset(m, batch_shape, index);
+template <typename T = scalar_t>
+__device__ __forceinline__ T *matrix(const Matrix &m, const int *batch_shape, int index) {
+    return (T *)m.data + offset(m, batch_shape, index);
 }
 
 __device__ __forceinline__ int ceil_div(unsigned n, unsigned size) { return n / size + (n % size != 0); }
@@ -184,13 +187,12 @@ __device__ __forceinline__ acc_t to_acc(scalar_t x) { return x; }
 __device__ __forceinline__ scalar_t to_scalar(acc_t x) { return x; }
 #endif
 
-__device__ __forceinline__ out_t to_out(acc_t x) {
-#if DTYPE == I8 || DTYPE == U8
-    return x;
+#if BYTES
+__device__ __forceinline__ acc_t to_acc(out_t x) { return x; }
+__device__ __forceinline__ out_t to_out(acc_t x) { return x; }
 #else
-    return to_scalar(x);
+__device__ __forceinline__ out_t to_out(acc_t x) { return to_scalar(x); }
 #endif
-}
 
 __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
 __device__ __forceinline__ double absolute(double x) { return fabs(x); }
@@ -312,7 +314,7 @@ __device__ __forceinline__ acc_t score_of(acc_t distance, const Attention &a) {
 
 // Matrix of numbers of the accumulation type of batch entry `index`.
 __device__ __forceinline__ acc_t *accumulated(const Matrix &m, const int *batch_shape, int index) {
-    return (acc_t *)m.data + offset(m, batch_shape, index);
+    return matrix<acc_t>(m, batch_shape, index);
 }
 
 // What stands for a score that is -inf by itself, of a key infinitely far away: -inf says that a key is ruled out, and
@@ -326,7 +328,7 @@ __device__ __forceinline__ acc_t masked_at(const Attention &a, int64 place, acc_
     if (a.mask_kind == BOOLEAN) {
         if (!((const unsigned char *)a.mask.data)[place]) return -infinity();
     } else if (a.mask_kind == ADDITIVE) {
-        const acc_t added = to_acc(((const scalar_t *)a.mask.data)[place]);
+        const acc_t added = to_acc(((const out_t *)a.mask.data)[place]);
         if (added == -infinity()) return added;
         score += added;
     }
@@ -375,7 +377,7 @@ __device__ __forceinline__ void store_out(const Matrix &out, const int *batch_sh
     if (unrounded) {
         accumulated(out, batch_shape, b)[i * out.row_stride + c] = x;
     } else {
-        matrix(out, batch_shape, b)[i * out.row_stride + c] = to_scalar(x);
+        matrix<out_t>(out, batch_shape, b)[i * out.row_stride + c] = to_out(x);
     }
 }
 
@@ -422,7 +424,7 @@ struct Split {
             if (p.unrounded) {
                 ((acc_t *)p.out.data)[place + n] = x[n];
             } else {
-                ((scalar_t *)p.out.data)[place + n] = to_scalar(x[n]);
+                ((out_t *)p.out.data)[place + n] = to_out(x[n]);
             }
         }
     }
@@ -456,15 +458,21 @@ const acc_t LARGE = DTYPE == F64 ? 1e300 : 1e30;
 
 // ---- bytes ----------------------------------------------------------------------------------------------------
 
-// sum plus the absolute differences of four unsigned bytes: one instruction, four from sm_120 on.
+// sum plus the absolute differences of four bytes, by default unsigned: one instruction, some more from sm_120 on.
+template <bool SIGNED = false>
 __device__ __forceinline__ unsigned add_byte_distance(unsigned sum, unsigned a, unsigned b) {
 #if defined(L1ATTN_EMULATOR)
-    return sum + __vsadu4(a, b);
+    const unsigned flip = SIGNED ? 0x80808080u : 0;  // the same differences of unsigned bytes
+    return sum + __vsadu4(a ^ flip, b ^ flip);
 #elif __CUDA_ARCH__ >= 1200
-    return __dp4a(__vabsdiffu4(a, b), 0x01010101u, sum);
+    return __dp4a(SIGNED ? __vabsdiffs4(a, b) : __vabsdiffu4(a, b), 0x01010101u, sum);
 #else
     unsigned total;  // sum + __vsadu4(a, b) would be two instructions
-    asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(total) : "r"(a), "r"(b), "r"(sum));
+    if (SIGNED) {
+        asm("vabsdiff4.u32.s32.s32.add %0, %1, %2, %3;" : "=r"(total) : "r"(a), "r"(b), "r"(sum));
+    } else {
+        asm("vabsdiff4.u32.u32.u32.add %0, %1, %2, %3;" : "=r"(total) : "r"(a), "r"(b), "r"(sum));
+    }
     return total;
 #endif
 }
@@ -474,12 +482,15 @@ __device__ __forceinline__ unsigned add_byte_distance(unsigned sum, unsigned a, 
 const int LOAD = 16 / sizeof(scalar_t);  // numbers in a 128-bit load from global memory
 const int VEC = 16 / sizeof(acc_t);      // numbers in a 128-bit load from shared memory
 
-struct alignas(16) Load {
-    scalar_t at[LOAD];
+template <typename T>
+struct alignas(16) LoadOf {
+    T at[16 / sizeof(T)];
 };
+typedef LoadOf<scalar_t> Load;
 struct alignas(16) Vec {
     acc_t at[VEC];
 };
+typedef LoadOf<unsigned> FourWords;  // of bytes
 struct alignas(8) HalfVec {
     acc_t at[VEC / 2];
 };
@@ -493,16 +504,19 @@ __device__ __forceinline__ bool aligned(const void *place) {
 }
 
 // Whether every row of a matrix is aligned to 128 bits.
-__device__ __forceinline__ bool aligned_rows(const scalar_t *rows, int64 stride) {
-    return aligned<Load>(rows) && stride % LOAD == 0;
+template <typename T>
+__device__ __forceinline__ bool aligned_rows(const T *rows, int64 stride) {
+    return aligned<LoadOf<T>>(rows) && stride % (16 / sizeof(T)) == 0;
 }
 
-// The first `count` of LOAD numbers at `from`, then zeros.
-__device__ __forceinline__ Load load(const scalar_t *from, int count) {
-    if (count >= LOAD && aligned<Load>(from)) return *(const Load *)from;
-    Load numbers;
+// The first `count` of the numbers at `from` that 128 bits have room for, then zeros.
+template <typename T>
+__device__ __forceinline__ LoadOf<T> load(const T *from, int count) {
+    const int most = 16 / sizeof(T);
+    if (count >= most && aligned<LoadOf<T>>(from)) return *(const LoadOf<T> *)from;
+    LoadOf<T> numbers;
 #pragma unroll
-    for (int i = 0; i < LOAD; ++i) numbers.at[i] = i < count ? from[i] : to_scalar(0);
+    for (int i = 0; i < most; ++i) numbers.at[i] = i < count ? from[i] : (T)to_scalar(0);
     return numbers;
 }
 
@@ -626,7 +640,7 @@ __device__ __forceinline__ void multiply_add(float &c0, float &c1, float &c2, fl
 __device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     multiply_add(c[0], c[1], c[2], c[3], a, b0, b1);
 }
-#elif DTYPE == F32 && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
+#elif (DTYPE == F32 || BYTES) && (defined(L1ATTN_EMULATOR) || __CUDA_ARCH__ >= 800)
 #define TENSOR_CORES 1
 
 // A number as tensor cores take it, its first 11 bits, and what rounding took away: they ignore the last 13 bits.
@@ -687,7 +701,8 @@ __device__ __forceinline__ void multiply_add_pairs(float (&c)[4], const unsigned
 #endif
 
 // Keeps the compiler from computing what depends on these before the loop that the call is in.
-__device__ __forceinline__ void compute_again(const scalar_t *&address, int64 &stride) {
+template <typename T>
+__device__ __forceinline__ void compute_again(const T *&address, int64 &stride) {
 #ifndef L1ATTN_EMULATOR
     asm volatile("" : "+l"(address), "+l"(stride));
     __builtin_assume(__isGlobal(address));
@@ -773,24 +788,26 @@ struct Transposed {
 
 // Rows in shared memory as they are: values[row][column], zeros where there are none. What fetch() copies is there after
 // wait_async() and a barrier. The extra Pad numbers of a row spread the rows over the banks.
-template <int Block, int Width, int Pad>
+template <int Block, int Width, int Pad, typename T>
 struct Straight {
-    typedef scalar_t Shared[Block][Width + Pad];
-    static const int GROUPS = Width / LOAD, STEP = THREADS / GROUPS;  // 128-bit loads in a row, rows loaded at once
+    typedef T Shared[Block][Width + Pad];
+    typedef LoadOf<T> Loaded;
+    static const int LOADED = 16 / sizeof(T);
+    static const int GROUPS = Width / LOADED, STEP = THREADS / GROUPS;  // 128-bit loads in a row, rows loaded at once
     static_assert(THREADS % GROUPS == 0 && Block % STEP == 0, "all threads load whole rows together, as many each");
 
-    __device__ __forceinline__ static void fetch(Shared &values, const scalar_t *from, int64 stride, int rows, int columns) {
+    __device__ __forceinline__ static void fetch(Shared &values, const T *from, int64 stride, int rows, int columns) {
         int thread = threadIdx.x;
         compute_again(thread);  // what is the same for all tiles would take registers from the sums
-        const int first = thread / GROUPS, column = thread % GROUPS * LOAD;
+        const int first = thread / GROUPS, column = thread % GROUPS * LOADED;
         const bool whole = columns >= Width && aligned_rows(from, stride);
-        const scalar_t *mine = from + first * stride + column;
+        const T *mine = from + first * stride + column;
 #pragma unroll
         for (int row = first; row < first + Block; row += STEP, mine += STEP * stride) {
             if (whole) {
-                copy_async<Load>(&values[row][column], mine, row < rows);
+                copy_async<Loaded>(&values[row][column], mine, row < rows);
             } else {
-                *(Load *)&values[row][column] = load(mine, row < rows ? columns - column : 0);
+                *(Loaded *)&values[row][column] = load(mine, row < rows ? columns - column : 0);
             }
         }
     }
@@ -800,25 +817,28 @@ struct Straight {
         acc_t sum = 0;
 #pragma unroll
         for (int n = 0; n < Block; n += STEP) {
-            const Load numbers = *(const Load *)&values[threadIdx.x / GROUPS + n][threadIdx.x % GROUPS * LOAD];
+            const Loaded numbers = *(const Loaded *)&values[threadIdx.x / GROUPS + n][threadIdx.x % GROUPS * LOADED];
 #pragma unroll
-            for (int i = 0; i < LOAD; ++i) sum += absolute(to_acc(numbers.at[i]));
+            for (int i = 0; i < LOADED; ++i) sum += absolute(to_acc(numbers.at[i]));
         }
         return sum < LARGE;
     }
 };
 
-// Rows on their way, Width channels at a time, from global to shared memory, where they are acc_t: chunk[row][e]. fetch() may
-// be called while the chunk before is read; what put() stores is there after a barrier.
+// Rows on their way, Width channels at a time, from global to shared memory, where they are acc_t, or bytes: chunk[row][e].
+// fetch() may be called while the chunk before is read; what put() stores is there after a barrier.
 template <int Block, int Width>
 struct Converted {
-    typedef acc_t Shared[Block][Width + VEC];  // the extra VEC spreads the rows over the banks
-#if DTYPE == F32 || DTYPE == F64  // past the registers
+#if DTYPE == F32 || DTYPE == F64 || BYTES  // past the registers
+    typedef Straight<Block, Width, LOAD, scalar_t> Rows;  // the extra 128 bits spread the rows over the banks
+    typedef typename Rows::Shared Shared;
+
     __device__ __forceinline__ void fetch(Shared &chunk, const scalar_t *rows, int64 stride, int count, int channels) {
-        Straight<Block, Width, VEC>::fetch(chunk, rows, stride, count, channels);
+        Rows::fetch(chunk, rows, stride, count, channels);
     }
     __device__ __forceinline__ void put(Shared &) const { wait_async(); }
 #else  // by registers, where they become acc_t
+    typedef acc_t Shared[Block][Width + VEC];
     typedef ByRegisters<Block, Width> Rows;
     static const int GROUPS = Rows::GROUPS, STEP = Rows::STEP, MINE = Rows::MINE;
     Rows rows;

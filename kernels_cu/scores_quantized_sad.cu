@@ -49,12 +49,9 @@ struct Words {
 // A thread's words of one row of a chunk: groups of VEC neighbours, APART * VEC apart.
 template <int APART, int N>
 __device__ __forceinline__ void read_words(unsigned (&mine)[N], const unsigned *words, int place) {
-    struct alignas(16) Four {
-        unsigned at[VEC];
-    };
 #pragma unroll
     for (int n = 0; n < N; n += VEC) {
-        const Four v = *(const Four *)(words + n * APART + place * VEC);
+        const FourWords v = *(const FourWords *)(words + n * APART + place * VEC);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) mine[n + i] = v.at[i];
     }

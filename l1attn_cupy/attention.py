@@ -81,7 +81,7 @@ def l1_attention(
     The result is the same bit for bit in every run and with any number of threads.
 
     Of 8-bit query and key the distances are exact integers, and there are no gradients, not of value either. On "cuda"
-    and "emulator" both are first converted to float32: there they save memory while they are kept, but no time.
+    and "emulator" value, and a mask that is added, are first converted to float32.
 
     With torch, second derivatives (where gradients are differentiated) and forward mode are composed of operations on
     the scores: they make arrays of size L * S. Under autocast, torch tensors are cast as those of

@@ -100,7 +100,8 @@ class AttentionPlan(NamedTuple):
             spec = spec._replace(shape=(*spec.shape, 1), strides=(*spec.strides, 0))
         if self.groups is None:
             return spec
-        return _lone(spec) if name in ("key", "value", "dkey", "dvalue") else _split_heads(spec, *self.groups)
+        of_key = name in ("key", "value", "dkey", "dvalue", "quant_scale")
+        return _lone(spec) if of_key else _split_heads(spec, *self.groups)
 
 
 class AttentionOptions(NamedTuple):

@@ -106,7 +106,7 @@ def _attention(
     call = plan_attention.attention([*as_value, value, mask], options)
     if quant_scale is not None:
         check_quant_scale(quant_scale, query, call.batch[:-1] if call.groups else call.batch)
-        quant_scale = call.seen_by_kernels("key", quant_scale)
+        quant_scale = call.seen_by_kernels("quant_scale", quant_scale)
     return call, Quantized(query.dtype, quant_scale)
 
 

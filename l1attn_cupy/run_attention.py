@@ -50,42 +50,16 @@ def attention(
 
 
 def attention_quantized(given: tuple[Any, ...], options: plan_attention.AttentionOptions) -> tuple[Any, Any]:
-    """out, in value's dtype, and softmax of 8-bit query and key. Where there are no kernels for these, of float32.
+    """out, in value's dtype, and softmax of 8-bit query and key.
 
     ``given`` is query, key, value, mask and quant_scale; the last two may be None.
     """
     specs = [None if array is None else arrays.describe(array) for array in given]
     call, quantized = plan_quantized.attention(specs, options)
-    value = given[2]
-    if call.options.backend != "cpu":
-        return _attention_of_numbers(given, options)
-    out, softmax = arrays.empty(call.out_shape, value), arrays.empty(call.softmax_shape, value, call.lse_dtype)
+    out, softmax = arrays.empty(call.out_shape, given[2]), arrays.empty(call.softmax_shape, given[2], call.lse_dtype)
     if 0 not in call.lse_shape:
-        _backend("cpu").attention_quantized(call, quantized, given, out, softmax)
+        _backend(call.options.backend).attention_quantized(call, quantized, given, out, softmax)
     return out, softmax
-
-
-def _attention_of_numbers(given: tuple[Any, ...], options: plan_attention.AttentionOptions) -> tuple[Any, Any]:
-    """The same of query and key in float32; memory is still linear in the lengths."""
-    query, key, own = (arrays.converted(array, "float32") for array in given[:3])
-    value, mask, quant_scale = given[2:]
-    if quant_scale is not None:
-        query, key = _scaled(query, quant_scale, key.shape[-3] if options.enable_gqa else 0), key * quant_scale
-    added = mask if mask is None or arrays.describe(mask).dtype == "bool" else arrays.converted(mask, "float32")
-    specs = [None if array is None else arrays.describe(array) for array in (query, key, own, added)]
-    unrounded, softmax, _ = attention(plan_attention.attention(specs, options), query, key, own, added)
-    out = arrays.empty(tuple(unrounded.shape), value)
-    arrays.assign(out, unrounded)
-    return out, softmax
-
-
-def _scaled(query: Any, quant_scale: Any, heads: int) -> Any:
-    """``query`` times the scale of its matrix, or of the one of ``heads`` heads of key that it shares."""
-    if not heads:
-        return query * quant_scale
-    *batch, all_heads, length, channels = query.shape
-    grouped = query.reshape(*batch, heads, all_heads // heads, length, channels) * quant_scale[..., None, :, :]
-    return grouped.reshape(*grouped.shape[:-4], all_heads, length, channels)
 
 
 def attention_backward(

@@ -120,10 +120,18 @@ def _attention_outcome(variant: Variant, seeds: int) -> str:
     merges = variant.op == "attention_merge"
     length_k = SPLIT_LENGTH_K if merges else LENGTH_K
     shapes, mask_of = ((ATTENTION_LENGTH_Q, CHANNELS), (length_k, CHANNELS)), ("added", (length_k,))
-    given = testing_attention.inputs(*shapes, CHANNELS_V, variant.dtypes[0], mask=mask_of)
-    query, key, value, mask, grad, grad_lse = given
+    of_bytes = variant.dtypes[0] in registry.BYTES.values()
+    dtype = "float32" if of_bytes else variant.dtypes[0]
+    given = testing_attention.inputs(*shapes, CHANNELS_V, dtype, mask=mask_of)
     call: dict[str, Any] = {"score": "negative", "scale": 0.1}
+    if of_bytes:
+        q, k, quant_scale = l1.quantize_for_l1(given.query, given.key, dtype=variant.dtypes[0])
+        given = given._replace(query=q.float(), key=k.float())
+        call["scale"] *= quant_scale.item()
+    query, key, value, mask, grad, grad_lse = given
     expected = testing_attention.ExpectedAttention(*given, **call)
+    if of_bytes:
+        query, key = q, k
     out, lse = l1.l1_attention(query, key, value, mask, return_lse=True, **call)
     own: dict[str, Any] = {"backend": "emulator", "variant": None if merges else variant.name, **call}
     wrong = 0

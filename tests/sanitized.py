@@ -6,6 +6,7 @@ import numpy as np
 
 import l1attn_cupy as l1
 from l1attn_cupy import arrays, plan, run
+from l1attn_cupy.cuda import registry
 
 SHAPES = [(2, 33, 65, 33), (1, 129, 33, 31)]  # (B, L, S, E)
 
@@ -34,6 +35,8 @@ def main() -> None:
                     arrays.describe(query), arrays.describe(key), "inverse", 1.0, 1e-3, None, variant.name
                 )
                 run.scores_jvp(call, query, key, query, key, None)
+            elif variant.dtypes[0] in registry.BYTES.values():
+                l1.l1_attention(query, key, key.astype("float32"), grad.astype("float32"), variant=variant.name)
             else:
                 mask = grad
                 forward, backward = (

@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import assert_identical, to_numpy
+from cases import SCORES, TORCH_LAYOUTS, assert_identical, to_numpy
 from quantized_cases import numbers
 
 import l1attn_cupy as l1
-from l1attn_cupy import testing, testing_attention
+from l1attn_cupy import plan_quantized, testing, testing_attention
 from l1attn_cupy.testing_attention import ExpectedAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch itself
 
 B, V, S = np.zeros((2, 3, 4), np.int8), np.zeros((2, 3, 5), np.float32), np.ones((2, 1, 1), np.float32)
+
+#: What runs kernels, and where its arrays are.
+KERNELS = ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICE = {"emulator": "cpu", "cuda": "cuda"}
 
 #: Shapes of query and key, channels of value, kind and shape of a mask, and options.
 CASES = {
@@ -45,7 +49,7 @@ def problem(case, dtype, of_value):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("of_value", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("of_value", plan_quantized.VALUES)
 def test_quantized_attention_error(case, of_value):
     dtype = "uint8" if of_value == "float16" else "int8"
     given, quant_scale, call, expected = problem(case, dtype, of_value)
@@ -74,26 +78,52 @@ def test_quantized_attention_shared_heads_and_scales():
     assert_identical(l1.l1_attention(query, key, value, enable_gqa=True, scale=0.01, quant_scale=ones), without)
 
 
-@pytest.mark.parametrize("case", ["causal", "added mask"])
-def test_quantized_attention_emulated(case):
-    """By the kernels for float32, from query and key times their scale."""
-    (query, key, value, added), quant_scale, call, _ = problem(case, "int8", "float16")
-    quant_scale = torch.full((1, 1), 2.0**-7)  # a product with it is exact
-    out, lse = l1.l1_attention(
-        query, key, value, added, quant_scale=quant_scale, return_lse=True, backend="emulator", **call
-    )
-    assert out.dtype is torch.float16
-    expected = ExpectedAttention((query * quant_scale).half(), (key * quant_scale).half(), value, added, **call)
-    expected.assert_results(out, lse)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("of_value", plan_quantized.VALUES)
+def test_quantized_attention_by_kernels(backend, case, of_value):
+    dtype = "uint8" if of_value == "float16" else "int8"
+    given, quant_scale, call, expected = problem(case, dtype, of_value)
+    *own, own_scale = (None if x is None else x.to(DEVICE[backend]) for x in (*given, quant_scale))
+    out, lse = l1.l1_attention(*own, quant_scale=own_scale, return_lse=True, backend=backend, **call)
+    assert out.dtype is given[2].dtype
+    expected.assert_results(out.cpu(), lse.cpu())
 
 
-def test_quantized_attention_emulated_shared_heads():
-    query, key = (torch.from_numpy(numbers(s, "int8", seed=len(s))) for s in ((2, 4, 9, 17), (2, 2, 11, 17)))
-    value, quant_scale = torch.randn(2, 2, 11, 5), torch.tensor([0.5, 2.0**-7]).reshape(2, 1, 1)
-    call = {"enable_gqa": True, "scale": 0.2}
-    out = l1.l1_attention(query, key, value, quant_scale=quant_scale, backend="emulator", **call)
-    scaled = query * quant_scale.repeat_interleave(2, 0), key * quant_scale
-    ExpectedAttention(*scaled, value, **call).assert_results(out)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("layout", [layout for layout in TORCH_LAYOUTS if layout != "negative bit"])
+def test_quantized_attention_by_kernels_layouts_and_scales(backend, layout):
+    """More than one block, tile and chunk of everything; a head of key shared, a scale for each batch entry."""
+    query, key = (torch.from_numpy(numbers((2, *s), "int8", seed=len(s))) for s in ((2, 131, 67), (1, 33, 67)))
+    value, quant_scale = torch.randn(2, 1, 33, 66), torch.tensor([0.001, 0.02]).reshape(2, 1, 1, 1)
+    call = {"score": SCORES[list(TORCH_LAYOUTS).index(layout) % 4], "scale": 0.3, "eps": 0.02}
+    arrays = [x.to(DEVICE[backend]) for x in (*map(TORCH_LAYOUTS[layout], (query, key, value)), quant_scale)]
+    options = {"quant_scale": arrays.pop(), "enable_gqa": True, "backend": backend, **call}
+    out = l1.l1_attention(*arrays, **options)
+    assert_identical(l1.l1_attention(*arrays, variant="tiled", **options).cpu(), out.cpu())
+    for b, h in np.ndindex(2, 2):
+        own = query[b, h].float(), key[b, 0].float(), value[b, 0]
+        exact = {**call, "scale": 0.3 * quant_scale[b].item()}
+        ExpectedAttention(*own, **exact).assert_results(out[b, h].cpu())
+
+
+def test_quantized_attention_kernel_with_values_that_are_not_finite():
+    """A NaN where a mask rules the key out comes to nothing, elsewhere to NaN of its own channel."""
+    query, key = (torch.from_numpy(numbers((n, 17), "uint8", seed=n)) for n in (33, 40))
+    value = torch.randn(40, 9)
+    mask = torch.ones(33, 40, dtype=torch.bool)
+    mask[::2, 7] = False
+    clean = l1.l1_attention(query, key, value, mask, scale=0.01, backend="emulator")
+    value[7, 3] = torch.nan
+    out = l1.l1_attention(query, key, value, mask, scale=0.01, backend="emulator")
+    assert out[1::2, 3].isnan().all()
+    out[1::2, 3] = clean[1::2, 3]
+    torch.testing.assert_close(out, clean)
+
+
+def test_quantized_attention_variant_is_not_for_bytes():
+    with pytest.raises(ValueError, match=r"variant must be one that takes int8 .* for attention_forward, got 'gather'"):
+        l1.l1_attention(B, B, V, variant="gather", backend="emulator")
 
 
 @pytest.mark.parametrize("length_q, length_k", [(0, 5), (5, 0)])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..plan_attention import AttentionPlan, Saved
+from ..plan_quantized import Quantized
 from . import calls_attention
 from .backend import machine_of
 
@@ -16,7 +17,22 @@ def attention_forward(
     """Write ``out``, in its dtype, and ``softmax``."""
     device, machine = machine_of(plan, query)
     with device:
-        calls_attention.attention_forward(machine, plan, query, key, value, mask, out, softmax)
+        given = {"query": query, "key": key, "value": value, "mask": mask}
+        calls_attention.attention_forward(machine, plan, given, out, softmax)
+
+
+def attention_quantized(
+    plan: AttentionPlan,
+    quantized: Quantized,
+    given: tuple[Any, Any, Any, Any | None, Any | None],
+    out: Any,
+    softmax: Any,
+) -> None:
+    """The same from 8-bit query and key: ``given`` is query, key, value, mask and quant_scale."""
+    named = dict(zip(("query", "key", "value", "mask", "quant_scale"), given, strict=True))
+    device, machine = machine_of(plan, given[0])
+    with device:
+        calls_attention.attention_quantized(machine, plan, named, out, softmax)
 
 
 def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -17,10 +17,13 @@ _OF_KEY = ("key", "value", "dkey", "dvalue")
 
 
 def attention_forward(
-    machine: Machine, plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
+    machine: Machine, plan: AttentionPlan, given: Mapping[str, Any | None], out: Any, softmax: Any
 ) -> None:
-    """Write ``out``, in its dtype, and ``softmax``; neither L nor a batch dimension is 0."""
-    everything = {"query": query, "key": key, "value": value, "mask": mask, "out": out, "softmax": softmax}
+    """Write ``out``, in its dtype, and ``softmax``; neither L nor a batch dimension is 0.
+
+    ``given`` has query, key, value and mask, and beside query and key of bytes quant_scale; the last two may be None.
+    """
+    everything = {**given, "out": out, "softmax": softmax}
     for segment in plan.sequences.tolist():
         part, arrays_of, specs = _cut(plan, everything, segment)
         if part.length_q == 0:
@@ -30,6 +33,22 @@ def attention_forward(
             machine(launch_attention.attention_forward(part, specs), arrays_of, written)
         else:
             _forward_in_parts(machine, part, arrays_of, specs, written)
+
+
+def attention_quantized(
+    machine: Machine, plan: AttentionPlan, given: Mapping[str, Any | None], out: Any, softmax: Any
+) -> None:
+    """The same for 8-bit query and key, by kernels to which all else is float32."""
+    mask = given["mask"]
+    if mask is not None and arrays.describe(mask).dtype != "bool":
+        mask = arrays.converted(mask, "float32")
+    given = {**given, "value": arrays.converted(given["value"], "float32"), "mask": mask}
+    if arrays.describe(out).dtype == "float32":
+        attention_forward(machine, plan, given, out, softmax)
+        return
+    unrounded = arrays.empty(tuple(out.shape), out, "float32")
+    attention_forward(machine, plan, given, unrounded, softmax)
+    arrays.assign(out, unrounded)
 
 
 def _forward_in_parts(

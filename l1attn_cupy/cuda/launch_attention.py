@@ -41,6 +41,7 @@ _FORWARD = np.dtype(
         ("out", _MATRIX),
         *((name, "i8") for name in ("out_split", "softmax_split")),
         *((name, "i4") for name in ("unrounded", "splits")),
+        ("quant_scale", _MATRIX),
     ],
     align=True,
 )
@@ -77,9 +78,10 @@ _GIVEN = ("grad_out", "delta")
 
 
 def attention_forward(plan: AttentionPlan, specs: Mapping[str, ArraySpec]) -> Launch:
-    """The launch that computes out, in its own dtype, and softmax, from query, key, value and mask.
+    """The launch that computes out, in its own dtype, and softmax, from query, key, value, mask and quant_scale.
 
-    If `splits` is not 1, out and softmax are those of `parts`, for `attention_merge`.
+    Query and key may be of bytes; all else is float32 then. If `splits` is not 1, out and softmax are those of `parts`,
+    for `attention_merge`.
     """
     return _forward(registry.generation("attention_"), plan, tuple(specs.items()))
 
@@ -115,15 +117,16 @@ def attention_mask_gradient(plan: AttentionPlan, specs: Mapping[str, ArraySpec])
 def _forward(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
     variant = _pick("attention_forward", plan)
     args, known = np.zeros((), _FORWARD), dict(specs)
-    matrices = _shared(known, args["a"]) | {"out": (args, "out")}
+    own = ("out", "quant_scale") if "quant_scale" in known else ("out",)
+    matrices = _shared(known, args["a"]) | {name: (args, name) for name in own}
     _fill_batch(args["a"], plan, known, matrices, range(len(plan.batch)))
     _fill_attention(args["a"], plan, known)
-    args["unrounded"] = known["out"].dtype != plan.query.dtype
+    args["unrounded"] = known["out"].dtype != plan.value.dtype
     count = _splits(_generation, plan)
     args["splits"] = count
     if count > 1:
         _fill_parts(args, plan)
-    places = {**_offsets(_FORWARD, "a", _SHARED), "out": _offset(_FORWARD, "out")}
+    places = {**_offsets(_FORWARD, "a", _SHARED), **{name: _offset(_FORWARD, name) for name in own}}
     return _launch(variant, plan, args, _blocks(plan, variant) * count, places.items())
 
 
@@ -157,7 +160,8 @@ def _fill_parts(args: np.ndarray, plan: AttentionPlan) -> None:
 def _merge(_generation: int, plan: AttentionPlan, specs: tuple[tuple[str, ArraySpec], ...]) -> Launch:
     count = _splits(_generation, plan)
     # The variant that was asked for is one of the forward pass, which has added the mask.
-    plan = plan._replace(mask=None, options=plan.options._replace(variant=None))
+    like_value = plan.query._replace(dtype=plan.value.dtype)
+    plan = plan._replace(query=like_value, mask=None, options=plan.options._replace(variant=None))
     variant = _pick("attention_merge", plan)
     args, known = np.zeros((), _MERGE), dict(specs)
     given = {"out_parts": (args["parts"], "out"), "softmax_parts": (args["parts"]["a"], "softmax")}

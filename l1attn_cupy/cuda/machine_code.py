@@ -459,13 +459,18 @@ def budget(variant: Variant) -> float:
     """
     if variant.op not in BUDGETS:
         raise ValueError(f"op must be one of {', '.join(BUDGETS)}, got {variant.op!r}")
+    if set(variant.dtypes) <= set(registry.BYTES.values()):
+        return BYTES_BUDGET
     return 1 if variant.f16_differences else BUDGETS[variant.op] + variant.atomic
 
+
+#: Of bytes, four terms to an instruction.
+BYTES_BUDGET = 0.25
 
 #: For each op the budget of a term for one gradient, or of a score, in float32; products of matrices are not in terms.
 BUDGETS = {
     "scores_forward": 2,
-    "scores_quantized": 0.25,
+    "scores_quantized": BYTES_BUDGET,
     "scores_backward": 3,
     "attention_forward": 2,
     "attention_backward": 3,

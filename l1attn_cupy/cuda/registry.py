@@ -114,7 +114,7 @@ def folders() -> list[Path]:
 
 def dtypes_of(op: str) -> dict[str, str]:
     """The dtypes of query and key that an op is for, by their short names."""
-    return BYTES if op.endswith("_quantized") else FLOATS
+    return BYTES if op == "scores_quantized" else DTYPES if op == "attention_forward" else FLOATS
 
 
 def generation(op: str = "") -> int:

@@ -91,7 +91,7 @@ def entries() -> list[Entry]:
 
 @functools.lru_cache(maxsize=8)
 def _entries(_generation: int) -> tuple[dict[tuple[str, ...], Entry], ...]:
-    """For each folder its entries by key. One of the user's that fits no kernel any more is not used, with a warning."""
+    """For each folder its entries by key. It warns of those of the user's that fit no kernel any more."""
     found = []
     for folder in registry.folders():
         table: dict[tuple[str, ...], Entry] = {}
@@ -101,7 +101,7 @@ def _entries(_generation: int) -> tuple[dict[tuple[str, ...], Entry], ...]:
                     raise KernelError(f"{entry.where}: {table[entry.key].where} is already for {', '.join(entry.key)}")
                 table[entry.key] = entry
         found.append(table)
-        if folder != registry.packaged_folder():  # whose entries fit its own kernels, if not the user's of the same name
+        if folder != registry.packaged_folder():  # the packaged entries fit the packaged kernels
             for entry in table.values():
                 _warn_if_stale(entry)
     return tuple(found)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..cuda import calls_attention
 from ..plan_attention import AttentionPlan, Saved
+from ..plan_quantized import Quantized
 from .backend import _run
 
 
@@ -14,7 +15,20 @@ def attention_forward(
     plan: AttentionPlan, query: Any, key: Any, value: Any, mask: Any | None, out: Any, softmax: Any
 ) -> None:
     """Write ``out``, in its dtype, and ``softmax``."""
-    calls_attention.attention_forward(_run, plan, query, key, value, mask, out, softmax)
+    given = {"query": query, "key": key, "value": value, "mask": mask}
+    calls_attention.attention_forward(_run, plan, given, out, softmax)
+
+
+def attention_quantized(
+    plan: AttentionPlan,
+    quantized: Quantized,
+    given: tuple[Any, Any, Any, Any | None, Any | None],
+    out: Any,
+    softmax: Any,
+) -> None:
+    """The same from 8-bit query and key: ``given`` is query, key, value, mask and quant_scale."""
+    named = dict(zip(("query", "key", "value", "mask", "quant_scale"), given, strict=True))
+    calls_attention.attention_quantized(_run, plan, named, out, softmax)
 
 
 def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

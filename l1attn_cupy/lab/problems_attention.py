@@ -10,6 +10,7 @@ import torch
 import l1attn_cupy as l1
 
 from .. import testing_attention
+from ..cuda import registry
 from ..cuda.registry import Variant
 from ..testing import Agreement
 from ..testing_attention import ExpectedAttention, Inputs
@@ -17,6 +18,8 @@ from .problem import Op, Problem, options, place, special
 
 
 def _forward(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
+    if dtype in registry.BYTES.values():
+        return _forward_quantized(variant, dtype, backend, problem)
     agreements = []
     for given, call in _calls(variant, dtype, problem):
         arrays = given.map(lambda x: place(x, backend, problem))[:4]
@@ -26,6 +29,25 @@ def _forward(variant: Variant, dtype: str, backend: str, problem: Problem) -> li
             agreements += _specials(results, expected.exact_results)
         else:
             agreements += expected.results(*results)
+    return agreements
+
+
+def _forward_quantized(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
+    """NaN and infinity in query and key do not come to a kernel for bytes."""
+    agreements = []
+    for given, call in _calls(
+        variant, "float32", problem._replace(kind="ties") if problem.kind == "special" else problem
+    ):
+        *both, quant_scale = l1.quantize_for_l1(
+            given.query, given.key, dtype=dtype
+        )  # one, as all batch dimensions meet
+        arrays = [
+            None if x is None else place(x, backend, problem) for x in (*both, given.value, given.mask, quant_scale)
+        ]
+        results = l1.l1_attention(*arrays[:4], quant_scale=arrays[4], return_lse=True, backend=backend, **call)
+        exact = {**call, "scale": call["scale"] * quant_scale.item()}
+        expected = ExpectedAttention(*(x.float() for x in both), given.value, given.mask, **exact)
+        agreements += expected.results(*(x.cpu() for x in results))
     return agreements
 
 
@@ -77,8 +99,12 @@ def _with_specials(given: Inputs) -> Inputs:
 
 
 def _prepare_forward(name: str, dtype: str, shape: Sequence[int]) -> Callable[[], Any]:
-    query, key, value, *_ = _on_gpu(dtype, shape)
-    return lambda: l1.l1_attention(query, key, value, variant=name)
+    of_bytes = dtype in registry.BYTES.values()
+    query, key, value, *_ = _on_gpu("float32" if of_bytes else dtype, shape)
+    if not of_bytes:
+        return lambda: l1.l1_attention(query, key, value, variant=name)
+    q, k, quant_scale = l1.quantize_for_l1(query, key, dtype=dtype)
+    return lambda: l1.l1_attention(q, k, value, quant_scale=quant_scale, variant=name)
 
 
 def _prepare_backward(name: str, dtype: str, shape: Sequence[int]) -> Callable[[], Any]:

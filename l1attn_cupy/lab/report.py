@@ -154,8 +154,8 @@ def _measure(found: list[Variant], dtype: str, shape: Shape) -> Measured | None:
 
 
 def _budget(op: str, dtype: str) -> float:
-    """Instructions of a term at the roof: two terms to an instruction in float16."""
-    plain = machine_code.BUDGETS[op]
+    """Instructions of a term at the roof: two terms to an instruction in float16, four of bytes."""
+    plain = machine_code.BYTES_BUDGET if dtype in registry.BYTES.values() else machine_code.BUDGETS[op]
     return plain / 2 if dtype == "float16" else plain
 
 

@@ -120,7 +120,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name of the CPU model, the number of cores this process may use, and the width of their vectors."""
+    """Name of the CPU model, also LLVM's, the number of cores this process may use, and the width of their vectors."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = platform.processor() or platform.machine()
     try:
@@ -128,9 +128,11 @@ def processor() -> str:
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
+    import llvmlite.binding as llvm
+
     from benchlib.limit_cpu import vector_bytes  # imports Numba
 
-    return f"{name}, {cores} cores, {platform.machine()}, {8 * vector_bytes()}-bit vectors"
+    return f"{name} ({llvm.get_host_cpu_name()}), {cores} cores, {platform.machine()}, {8 * vector_bytes()}-bit vectors"
 
 
 class Neighbours:

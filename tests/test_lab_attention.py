@@ -9,6 +9,7 @@ from child import ROOT
 from lab_cases import damaged, lab
 
 from l1attn_cupy.cuda import machine_code, registry
+from l1attn_cupy.lab import checking
 
 NO_TOOLS = machine_code.missing()
 FORWARD = registry.packaged_folder() / "attention_forward_gather.cu"
@@ -65,3 +66,10 @@ def test_report_attention(capsys, folder):
         fits = variant.fits("float32", {"q": 1024, "k": 1024, "e": 64, "v": 64})
         assert (f"<td>{variant.name}:{variant.line}</td>" in page) == fits
     assert "cdist" not in page
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_try_attention_of_bytes(dtype):
+    """All problems, those with NaN and infinity without them in query and key."""
+    (variant,) = [v for v in registry.variants("attention_forward") if dtype in v.dtypes]
+    assert isinstance(checking.check(variant, dtype, "emulator"), checking.Right)

@@ -35,18 +35,15 @@ def _forward(variant: Variant, dtype: str, backend: str, problem: Problem) -> li
 def _forward_quantized(variant: Variant, dtype: str, backend: str, problem: Problem) -> list[Agreement]:
     """NaN and infinity in query and key do not come to a kernel for bytes."""
     agreements = []
-    for given, call in _calls(
-        variant, "float32", problem._replace(kind="ties") if problem.kind == "special" else problem
-    ):
-        *both, quant_scale = l1.quantize_for_l1(
-            given.query, given.key, dtype=dtype
-        )  # one, as all batch dimensions meet
-        arrays = [
-            None if x is None else place(x, backend, problem) for x in (*both, given.value, given.mask, quant_scale)
-        ]
-        results = l1.l1_attention(*arrays[:4], quant_scale=arrays[4], return_lse=True, backend=backend, **call)
+    problem = problem._replace(kind="ties") if problem.kind == "special" else problem
+    for given, call in _calls(variant, "float32", problem):
+        # One scale, as all batch dimensions meet.
+        query, key, quant_scale = l1.quantize_for_l1(given.query, given.key, dtype=dtype)
+        q, k, value, scales = (place(x, backend, problem) for x in (query, key, given.value, quant_scale))
+        mask = None if given.mask is None else place(given.mask, backend, problem)
+        results = l1.l1_attention(q, k, value, mask, quant_scale=scales, return_lse=True, backend=backend, **call)
         exact = {**call, "scale": call["scale"] * quant_scale.item()}
-        expected = ExpectedAttention(*(x.float() for x in both), given.value, given.mask, **exact)
+        expected = ExpectedAttention(query.float(), key.float(), given.value, given.mask, **exact)
         agreements += expected.results(*(x.cpu() for x in results))
     return agreements
 

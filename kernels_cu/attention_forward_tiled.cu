@@ -10,7 +10,8 @@
 //           one is summed, also the first one of the next tile. Weights stay in the registers in which their scores were
 //           summed: that is how tensor cores (from sm_80 on) take them, but for the order of keys, which is that of v then.
 //           Tiles that causality or the window rules out are not computed. One order of summation: the same bits in every
-//           run. Of bytes, four terms are one instruction, and their sum is exact; all else is float32
+//           run. Of bytes, four terms are one instruction, and their sum is exact, to be multiplied
+//           by quant_scale (B,1,1) too; all else is float32
 //
 // Tensor cores take numbers of fewer bits: each float32 is two of them, what rounding takes away being the second. Of
 // float16 there are too few small ones for that, so there weights are WEIGHT_SCALE times as large until the end.

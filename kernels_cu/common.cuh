@@ -104,14 +104,14 @@ struct Attention {  // what forward and backward share
     int batch_shape[MAX_BATCH_DIMS];  // in the backward pass, dimensions to sum over come last
     int length_q, length_k, channels, channels_v;
     int score;
-    int mask_kind;                    // NO_MASK, BOOLEAN (bytes, 1 is to attend) or ADDITIVE (scalar_t)
+    int mask_kind;                    // NO_MASK, BOOLEAN (bytes, 1 is to attend) or ADDITIVE (out_t)
     int left, right;                  // keys before and after its own place that a query attends to; -1: no limit
     Number scale, eps;
 };
 
 struct AttentionForward {
     Attention a;
-    Matrix out;       // (B, L, V), in scalar_t, or in acc_t if `unrounded`: see store_out
+    Matrix out;       // (B, L, V), in out_t, or in acc_t if `unrounded`: see store_out
     int64 out_split, softmax_split;  // strides of out and softmax from one of `splits` to the next
     int unrounded, splits;           // see struct Split
     Matrix quant_scale;              // of bytes alone: float (B, 1, 1), address 0 for 1

@@ -107,6 +107,29 @@ def test_quantized_attention_by_kernels_layouts_and_scales(backend, layout):
         ExpectedAttention(*own, **exact).assert_results(out[b, h].cpu())
 
 
+@pytest.mark.parametrize("case", ["causal", "added mask"])
+def test_quantized_attention_emulated(case):
+    """As of query and key times their scale."""
+    (query, key, value, added), quant_scale, call, _ = problem(case, "int8", "float16")
+    quant_scale = torch.full((1, 1), 2.0**-7)  # a product with it is exact
+    out, lse = l1.l1_attention(
+        query, key, value, added, quant_scale=quant_scale, return_lse=True, backend="emulator", **call
+    )
+    assert out.dtype is torch.float16
+    expected = ExpectedAttention((query * quant_scale).half(), (key * quant_scale).half(), value, added, **call)
+    expected.assert_results(out, lse)
+
+
+def test_quantized_attention_emulated_shared_heads():
+    """A scale for each head of key, which the queries that share it take too."""
+    query, key = (torch.from_numpy(numbers(s, "int8", seed=len(s))) for s in ((2, 4, 9, 17), (2, 2, 11, 17)))
+    value, quant_scale = torch.randn(2, 2, 11, 5), torch.tensor([0.5, 2.0**-7]).reshape(2, 1, 1)
+    call = {"enable_gqa": True, "scale": 0.2}
+    out = l1.l1_attention(query, key, value, quant_scale=quant_scale, backend="emulator", **call)
+    scaled = query * quant_scale.repeat_interleave(2, 0), key * quant_scale
+    ExpectedAttention(*scaled, value, **call).assert_results(out)
+
+
 def test_quantized_attention_kernel_with_values_that_are_not_finite():
     """A NaN where a mask rules the key out comes to nothing, elsewhere to NaN of its own channel."""
     query, key = (torch.from_numpy(numbers((n, 17), "uint8", seed=n)) for n in (33, 40))

@@ -29,10 +29,9 @@ def attention_quantized(
     softmax: Any,
 ) -> None:
     """The same from 8-bit query and key: ``given`` is query, key, value, mask and quant_scale."""
-    named = dict(zip(("query", "key", "value", "mask", "quant_scale"), given, strict=True))
     device, machine = machine_of(plan, given[0])
     with device:
-        calls_attention.attention_quantized(machine, plan, named, out, softmax)
+        calls_attention.attention_quantized(machine, plan, given, out, softmax)
 
 
 def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

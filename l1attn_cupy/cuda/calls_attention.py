@@ -36,18 +36,26 @@ def attention_forward(
 
 
 def attention_quantized(
-    machine: Machine, plan: AttentionPlan, given: Mapping[str, Any | None], out: Any, softmax: Any
+    machine: Machine,
+    plan: AttentionPlan,
+    given: tuple[Any, Any, Any, Any | None, Any | None],
+    out: Any,
+    softmax: Any,
 ) -> None:
-    """The same for 8-bit query and key, by kernels to which all else is float32."""
-    mask = given["mask"]
+    """The same for 8-bit query and key, by kernels to which all else is float32.
+
+    ``given`` is query, key, value, mask and quant_scale.
+    """
+    query, key, value, mask, quant_scale = given
     if mask is not None and arrays.describe(mask).dtype != "bool":
         mask = arrays.converted(mask, "float32")
-    given = {**given, "value": arrays.converted(given["value"], "float32"), "mask": mask}
+    value = arrays.converted(value, "float32")
+    named = {"query": query, "key": key, "value": value, "mask": mask, "quant_scale": quant_scale}
     if arrays.describe(out).dtype == "float32":
-        attention_forward(machine, plan, given, out, softmax)
+        attention_forward(machine, plan, named, out, softmax)
         return
     unrounded = arrays.empty(tuple(out.shape), out, "float32")
-    attention_forward(machine, plan, given, unrounded, softmax)
+    attention_forward(machine, plan, named, unrounded, softmax)
     arrays.assign(out, unrounded)
 
 

@@ -27,8 +27,7 @@ def attention_quantized(
     softmax: Any,
 ) -> None:
     """The same from 8-bit query and key: ``given`` is query, key, value, mask and quant_scale."""
-    named = dict(zip(("query", "key", "value", "mask", "quant_scale"), given, strict=True))
-    calls_attention.attention_quantized(_run, plan, named, out, softmax)
+    calls_attention.attention_quantized(_run, plan, given, out, softmax)
 
 
 def attention_backward(plan: AttentionPlan, saved: Saved, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
